@@ -1,0 +1,213 @@
+"""What both command lines share: lazy subcommands, one place where errors become exit codes, progress, host options."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fpforensics.common.errors import Error, UsageError, did_you_mean, shorten
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from fpforensics.common.engines.base import Host
+
+F = TypeVar("F", bound=Callable[..., Any])
+Report = Callable[[str, int, int], None]
+"""Called with (what is happening, done, total)."""
+
+PROGRESS_AFTER_SECONDS = 2.0
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported when they are run: ``--help`` stays fast.
+
+    ``lazy`` maps a command's name to its ``module:attribute`` and the line that ``--help`` shows.
+    """
+
+    def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the table, which is the order of use."""
+        return list(self.lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module and return the command."""
+        if cmd_name not in self.lazy:
+            return None
+        module, _, attribute = self.lazy[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Like click's, but a near miss is offered."""
+        if args and args[0] not in self.lazy and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], self.lazy)
+            raise click.UsageError(f"no command {shorten(args[0])!r} ({hint})", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table's own lines, so that nothing is imported for ``--help``."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
+
+
+def run(group: click.Group, program: str) -> None:
+    """The console script: run ``group`` and turn errors into one line on stderr and an exit code."""
+    try:
+        code = group.main(prog_name=program, standalone_mode=False, auto_envvar_prefix=program.upper())
+        sys.exit(code if isinstance(code, int) else 0)
+    except Error as error:
+        fail(error)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UsageError.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def fail(error: Error) -> None:
+    """One line on stderr, then exit with the error's code."""
+    label = click.style("error", fg="red", bold=True) if colour(sys.stderr) else "error"
+    click.echo(f"{label}: {error.diagnostics()}", err=True)
+    sys.exit(error.exit_code)
+
+
+def colour(stream: Any) -> bool:
+    """Whether to colour: only on a terminal, and never when NO_COLOR is set."""
+    return not os.environ.get("NO_COLOR") and hasattr(stream, "isatty") and bool(stream.isatty())
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Report]:
+    """A bar on stderr once something has taken over two seconds; silent when quiet or when stderr is not a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _stage, _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True, no_color=not colour(sys.stderr)),
+        transient=True,
+    )
+    started = time.monotonic()
+    task: TaskID | None = None
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal task
+        if task is None:
+            if time.monotonic() - started < PROGRESS_AFTER_SECONDS:
+                return
+            bar.start()
+            task = bar.add_task(stage, total=total)
+        bar.update(task, description=stage, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if task is not None:
+            bar.stop()
+
+
+def host_options(command: F) -> F:
+    """``--device``, ``--python``, ``--env`` and ``--model-path``: where and how workers run."""
+    for decorate in reversed(
+        (
+            click.option(
+                "--device",
+                type=click.Choice(["auto", "cpu", "cuda"]),
+                default="auto",
+                show_default=True,
+                help="Where engines run.",
+            ),
+            click.option(
+                "--python",
+                "python",
+                default="",
+                metavar="PATH",
+                help="Another interpreter for engines, with fpforensics installed (another torch or CUDA version).",
+            ),
+            click.option(
+                "--env",
+                "env",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="Environment variable for engines, e.g. OMP_NUM_THREADS=1. Repeatable.",
+            ),
+            click.option(
+                "--model-path",
+                "model_paths",
+                multiple=True,
+                metavar="NAME=PATH",
+                help="Checkpoint folder (or Hugging Face id) for a model name. Repeatable.",
+            ),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
+def make_host(device: str, python: str, env: Sequence[str], model_paths: Sequence[str]) -> Host:
+    """The :class:`Host` that the options of :func:`host_options` describe."""
+    from fpforensics.common.engines.base import Host
+
+    return Host(
+        device=device,
+        python=python,
+        env=_pairs(env, "--env", "OMP_NUM_THREADS=1"),
+        models=_pairs(model_paths, "--model-path", "mymodel=/path/to/checkpoint"),
+    )
+
+
+def _pairs(items: Sequence[str], option: str, example: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{option} {shorten(item)!r} is not NAME=VALUE", f"e.g. {option} {example}")
+        pairs[name] = value
+    return pairs
+
+
+def completion_command(program: str) -> click.Command:
+    """``completion SHELL``: print the script that a shell sources."""
+
+    @click.command("completion", help=f"Print a completion script: source <({program} completion bash)")
+    @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+    @click.pass_context
+    def completion(ctx: click.Context, shell: str) -> None:
+        from click.shell_completion import get_completion_class
+
+        kind = get_completion_class(shell)
+        assert kind is not None
+        root = ctx.find_root().command
+        click.echo(kind(root, {}, program, f"_{program.upper()}_COMPLETE").source())
+
+    return completion
+
+
+def quiet_option(command: F) -> F:
+    """``--quiet``."""
+    return click.option("--quiet", "-q", is_flag=True, help="No progress, results only.")(command)

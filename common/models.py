@@ -1,0 +1,147 @@
+"""From a model's name to a checkpoint in a local folder, and what can be read of it without torch.
+
+A name is the user's own (mapped to a folder or a Hugging Face id), the embedded ``smollm2-135m``, a folder, or
+a Hugging Face id. Only safetensors, JSON and tokenizer files are ever fetched: nothing pickled, no code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from fpforensics.common import embedded
+from fpforensics.common.cache import local_path
+from fpforensics.common.errors import MissingDependencyError, UsageError, did_you_mean, shorten
+from fpforensics.common.weights import weights_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Checkpoint", "load_tokenizer", "resolve_model", "vocab_size", "weights_digest"]
+
+INSTALL_HF = "pip install 'fpforensics[hf]'"
+MAX_NAME_LENGTH = 1024
+_MAX_CONFIG_BYTES = 1 << 24
+_FETCHED = ["*.safetensors", "*.json", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja"]
+_HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HF_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files. ``revision`` is the commit for one from Hugging Face, empty for a plain folder."""
+
+    name: str
+    path: Path
+    revision: str
+
+
+def resolve_model(
+    name: str,
+    revision: str = "",
+    models: Mapping[str, str] | None = None,
+    *,
+    allow_download: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Checkpoint:
+    """The checkpoint that ``name`` stands for.
+
+    ``models`` maps the user's names to folders or Hugging Face ids and comes first. ``revision`` counts for
+    Hugging Face ids only. ``progress`` hears of (tensors done, tensors in all) when the embedded model is
+    converted. Raises :class:`UsageError` for a name that is none of these or cannot be had, and
+    :class:`MissingDependencyError`.
+    """
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise UsageError(f"model name {shorten(name)!r} is empty, too long or unprintable", "give a folder or an id")
+    own = models or {}
+    target = own.get(name, name)
+    if target == embedded.SMOLLM2:
+        return Checkpoint(name, embedded.embedded_checkpoint(progress), embedded.SMOLLM2_REVISION)
+    folder = local_path(target)
+    if folder is not None and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"folder {target} holds no config.json", "give the folder of a checkpoint")
+        return Checkpoint(name, folder.resolve(), "")
+    if not _HF_ID.fullmatch(target):
+        near = did_you_mean(target, {embedded.SMOLLM2, *own})
+        hint = f"{near} Or give a folder, or a Hugging Face id 'organization/name'"
+        raise UsageError(f"unknown model {shorten(target)!r}: no such folder, and not a Hugging Face id", hint)
+    return _from_hub(name, target, revision, allow_download)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder, from its files alone: no network, no code.
+
+    Raises :class:`UsageError` where there is none that works, and :class:`MissingDependencyError`.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingDependencyError("a tokenizer", "transformers", INSTALL_HF) from error
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = shorten(str(error).partition("\n")[0], 200)
+        raise UsageError(f"no usable tokenizer in {path}: {reason}", "give a folder with tokenizer.json") from error
+    return tokenizer
+
+
+def vocab_size(path: Path) -> int:
+    """How many token ids the model in folder ``path`` knows, by its ``config.json``; or :class:`UsageError`."""
+    config = read_config(path)
+    inner = config.get("text_config")
+    size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UsageError(f"{path / 'config.json'} gives no vocab_size", "give the folder of a language model")
+    return size
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's ``config.json``. Raises :class:`UsageError` where missing or malformed."""
+    file = path / "config.json"
+    try:
+        if file.stat().st_size > _MAX_CONFIG_BYTES:
+            raise UsageError(f"{file} has more than {_MAX_CONFIG_BYTES} bytes", "give the folder of a checkpoint")
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"cannot read {file}: {error}", "give the folder of a checkpoint") from error
+
+
+def _from_hub(name: str, target: str, revision: str, allow_download: bool) -> Checkpoint:
+    if revision and (not _HF_REVISION.fullmatch(revision) or len(revision) > MAX_NAME_LENGTH):
+        raise UsageError(f"revision {shorten(revision)!r} is no branch, tag or commit", "give the commit's hash")
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise MissingDependencyError(f"model {target}", "huggingface_hub", INSTALL_HF) from error
+    what = f"model {target}" + (f" at revision {revision}" if revision else "")
+    try:
+        path = Path(
+            snapshot_download(
+                target,
+                revision=revision or None,
+                allow_patterns=_FETCHED,
+                local_files_only=not allow_download,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise UsageError(f"{what} asks for its licence to be accepted", "accept it on its page, then log in") from error
+    except errors.RevisionNotFoundError as error:
+        raise UsageError(f"{what} does not exist", "give a branch, tag or commit that does") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UsageError(f"{what} does not exist on Hugging Face, or is private", "log in, or give a folder") from error
+    except errors.LocalEntryNotFoundError as error:
+        way_out = "fetch it first, or give a folder" if allow_download else "fetch it first; downloads are off here"
+        raise UsageError(f"{what} is not on this machine and could not be fetched", way_out) from error
+    except (OSError, ValueError, errors.EntryNotFoundError) as error:
+        raise UsageError(f"{what} could not be fetched: {shorten(str(error), 200)}", "give a folder") from error
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{what} holds no config.json", "give a model with safetensors weights")
+    return Checkpoint(name, path, path.name)

@@ -1,0 +1,171 @@
+"""Start and stop a gRPC server: health, reflection, the token gate, limits, and a graceful end on SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from fpforensics.common.access import (
+    MAX_REQUEST_BYTES,
+    MAX_RESPONSE_BYTES,
+    Listen,
+    read_token,
+    require_guard,
+    server_credentials,
+)
+from fpforensics.common.errors import UsageError, shorten
+from fpforensics.common.rpc import ErrorBoundary
+
+MAX_RPCS = 64
+GRACE_SECONDS = 5.0
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a port to share
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+
+class RunningServer:
+    """A server that answers already. ``port`` is the one it really has."""
+
+    def __init__(
+        self,
+        server: Any,
+        port: int,
+        workers: ThreadPoolExecutor,
+        health_service: Any,
+        on_stopping: Callable[[], None],
+        on_stopped: Callable[[], None],
+    ) -> None:
+        self.port = port
+        self._server, self._workers, self._health = server, workers, health_service
+        self._on_stopping, self._on_stopped = on_stopping, on_stopped
+        self._lock = threading.Lock()
+        self._stopped = False
+        # A pipe, because a signal handler may not take the locks that an Event takes.
+        self._asleep, self._waker = os.pipe()
+
+    def wait(self, grace: float = GRACE_SECONDS) -> None:
+        """Serve until SIGTERM, SIGINT or :meth:`stop`, then stop. A second signal does what it did before."""
+        with _signals_wake(self._waker):
+            os.read(self._asleep, 1)
+        self.stop(grace)
+
+    def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """Take no more calls, give those under way ``grace`` seconds, cancel the rest, free everything."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._health.enter_graceful_shutdown()
+            self._on_stopping()
+            self._server.stop(grace).wait()
+            self._workers.shutdown(wait=True)
+            self._on_stopped()
+            self._stopped = True
+            os.write(self._waker, b"x")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(grace=0)
+
+
+def start_server(
+    listen: Listen,
+    register: Callable[[Any], None],
+    service: str,
+    *,
+    on_stopping: Callable[[], None] = lambda: None,
+    on_stopped: Callable[[], None] = lambda: None,
+) -> RunningServer:
+    """Start a server with health and reflection beside the service that ``register`` adds.
+
+    ``on_stopping`` is called when it takes no more calls, ``on_stopped`` after the last handler has ended. Raises
+    :class:`UsageError` if the address is open to others without TLS and authentication, or cannot be bound.
+    """
+    require_guard(listen)
+    health_service = health.HealthServicer()
+    interceptors: list[Any] = [ErrorBoundary()]
+    if listen.token_file is not None:
+        interceptors.insert(0, _TokenGate(read_token(listen.token_file), health_service))
+    credentials = server_credentials(listen)
+    workers = ThreadPoolExecutor(MAX_RPCS, thread_name_prefix="rpc")
+    server = grpc.server(workers, interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=MAX_RPCS)
+    register(server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(listen.address)
+        else:
+            port = server.add_secure_port(listen.address, credentials)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise UsageError(f"cannot listen on {shorten(listen.address)}", "is the port taken, or a TLS file damaged?")
+    server.start()
+    for name in ("", service):
+        health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return RunningServer(server, port, workers, health_service, on_stopping, on_stopped)
+
+
+class _TokenGate(grpc.ServerInterceptor):
+    """Refuses every call without the token; only health checks are answered, and then for the whole server.
+
+    Neither waits for a request to arrive: who has no token must not hold a thread by sending nothing.
+    """
+
+    def __init__(self, token: str, health_service: Any) -> None:
+        self._expected = f"Bearer {token}".encode()
+        self._health = health_service
+
+    def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
+        """Answer UNAUTHENTICATED in the handler's place unless the call carries the token."""
+        given = dict(details.invocation_metadata).get("authorization", "")
+        raw = given if isinstance(given, bytes) else given.encode("utf-8", "replace")
+        if hmac.compare_digest(raw, self._expected):
+            return continuation(details)
+        if details.method == f"/{health.SERVICE_NAME}/Check":
+            encode = health_pb2.HealthCheckResponse.SerializeToString
+            return grpc.stream_unary_rpc_method_handler(self._check_health, response_serializer=encode)
+        return grpc.stream_unary_rpc_method_handler(_refuse)
+
+    def _check_health(self, _requests: Any, context: grpc.ServicerContext) -> Any:
+        return self._health.Check(health_pb2.HealthCheckRequest(), context)
+
+
+def _refuse(_requests: Any, context: grpc.ServicerContext) -> None:
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
+
+
+@contextmanager
+def _signals_wake(waker: int) -> Iterator[None]:
+    """SIGTERM and SIGINT write to ``waker`` inside this block, where this thread may say so (the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def wake(_number: int, _frame: FrameType | None) -> None:
+        os.write(waker, b"x")
+
+    before = {number: signal.signal(number, wake) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,248 @@
+"""A prover session: generate under each config, repeat, check that repetitions are bit-identical, write one signed bundle.
+
+Each config runs in its own worker process. Nothing is left behind unless the whole session succeeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from fpforensics.common.bundle import BundleWriter
+from fpforensics.common.config import ExecutionConfig, config_id
+from fpforensics.common.engines.base import Engine, EngineStarter, Host
+from fpforensics.common.engines.remote import start_engine
+from fpforensics.common.environment import describe_environment
+from fpforensics.common.errors import CancelledError, NondeterminismError, UsageError
+from fpforensics.common.evidence import Evidence, Repetitions, Row
+from fpforensics.common.keys import PrivateKey
+from fpforensics.common.models import load_tokenizer, resolve_model
+from fpforensics.common.prompts import DEFAULT_INSTRUCTION, build_references, read_documents
+from fpforensics.common.signals import (
+    PHASES,
+    CapturePlan,
+    Divergence,
+    Reference,
+    Sampling,
+    Trace,
+    first_divergence,
+)
+
+MAX_REPETITIONS = 100
+
+
+class SessionPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run. ``documents`` are ``builtin`` or files; ``nonce`` is the verifier's challenge (hex) or empty.
+
+    ``texts`` are (name, text) pairs given inline, used instead of ``documents`` when there are any.
+    """
+
+    configs: tuple[ExecutionConfig, ...]
+    documents: tuple[str, ...] = ("builtin",)
+    texts: tuple[tuple[str, str], ...] = ()
+    references: int = 4
+    prompt_tokens: int = 256
+    instruction: str = DEFAULT_INSTRUCTION
+    capture: CapturePlan = CapturePlan()
+    sampling: Sampling = Sampling()
+    repetitions: int = 3
+    allow_nondeterminism: bool = False
+    nonce: str = ""
+
+
+@dataclass(frozen=True)
+class SessionProgress:
+    """``done`` of ``total`` generated references over the whole session, and what is happening now."""
+
+    stage: str
+    done: int
+    total: int
+
+
+ProgressCallback = Callable[[SessionProgress], None]
+
+
+def run_session(
+    plan: SessionPlan,
+    host: Host,
+    key: PrivateKey,
+    output: Path,
+    progress: ProgressCallback | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+    start: EngineStarter = start_engine,
+) -> str:
+    """Run ``plan`` and write the signed bundle to ``output``. Returns the SHA-256 (hex) of the bundle's manifest.
+
+    Raises:
+        UsageError: the plan does not fit together.
+        NondeterminismError: repetitions differed and the plan does not allow it.
+        ReplayError: a config could not run here.
+        CancelledError: ``cancelled()`` became true.
+    """
+    _check_plan(plan)
+    references = make_references(plan, host)
+    total = len(plan.configs) * plan.repetitions * len(references)
+    with BundleWriter(output) as writer:
+        entries = tuple(writer.add_reference(reference) for reference in references)
+        rows: list[Row] = []
+        for index, config in enumerate(plan.configs):
+            name = _row_name(config, plan.configs, index)
+            before = index * plan.repetitions * len(references)
+            tell = _teller(progress, before, total, cancelled)
+            tell(f"{name}: starting", 0)
+            with start(config, host, cancelled) as engine:
+                repetitions, traces = _repeat(engine, references, plan, name, tell)
+                facts = engine.facts()
+            digest = facts.model.weights_digest
+            rows.append(
+                Row(
+                    config_id=name,
+                    config=msgspec.structs.replace(config, weights_digest=digest),
+                    facts=facts,
+                    repetitions=repetitions,
+                    traces=tuple(writer.add_trace(trace) for trace in traces),
+                )
+            )
+        evidence = Evidence(
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            session_id=secrets.token_hex(16),
+            nonce=plan.nonce,
+            tool_version=version("fpforensics"),
+            environment=describe_environment(),
+            capture=plan.capture,
+            sampling=plan.sampling,
+            references=entries,
+            rows=tuple(rows),
+        )
+        return writer.finish(evidence, key)
+
+
+def make_references(plan: SessionPlan, host: Host) -> list[Reference]:
+    """The plan's prompts as token ids, with the tokenizer of its model."""
+    from fpforensics.common.prompts import Document
+
+    model = plan.configs[0].model
+    checkpoint = resolve_model(model, plan.configs[0].revision, host.models)
+    documents = [Document(name=name, text=text) for name, text in plan.texts] or read_documents(plan.documents)
+    return build_references(
+        documents,
+        load_tokenizer(checkpoint.path),
+        count=plan.references,
+        prompt_tokens=plan.prompt_tokens,
+        instruction=plan.instruction,
+    )
+
+
+def _check_plan(plan: SessionPlan) -> None:
+    if not plan.configs:
+        raise UsageError("a session without configs", "give at least one, e.g. --config attn=sdpa")
+    if len(set(plan.configs)) < len(plan.configs):
+        raise UsageError("a session names the same config twice", "give each config once")
+    models = sorted({config.model for config in plan.configs})
+    if len(models) > 1:
+        raise UsageError(f"a session over several models: {', '.join(models)}", "run one session for each model")
+    if not 1 <= plan.repetitions <= MAX_REPETITIONS:
+        raise UsageError(f"{plan.repetitions} repetitions", f"from 1 to {MAX_REPETITIONS}; 3 is the default")
+    for name, value in (
+        ("references", plan.references),
+        ("prompt tokens", plan.prompt_tokens),
+        ("new tokens", plan.sampling.max_new_tokens),
+    ):
+        if value < 1:
+            raise UsageError(f"{value} {name}", "give at least 1")
+
+
+def _row_name(config: ExecutionConfig, configs: Sequence[ExecutionConfig], index: int) -> str:
+    """Short and unique: what differs from the defaults, the model aside (one session has one model)."""
+    name = config_id(config, ExecutionConfig(model=config.model))
+    earlier = {config_id(other, ExecutionConfig(model=other.model)) for other in configs[:index]}
+    return f"{name}#{index}" if name in earlier else name
+
+
+Tell = Callable[[str, int], None]
+
+
+def _teller(progress: ProgressCallback | None, before: int, total: int, cancelled: Callable[[], bool]) -> Tell:
+    def tell(stage: str, done: int) -> None:
+        if cancelled():
+            raise CancelledError(stage)
+        if progress is not None:
+            progress(SessionProgress(stage, before + done, total))
+
+    return tell
+
+
+def _repeat(
+    engine: Engine, references: Sequence[Reference], plan: SessionPlan, name: str, tell: Tell
+) -> tuple[Repetitions, list[Trace]]:
+    """Generate ``plan.repetitions`` times; returns what the repetitions showed and the last repetition's traces."""
+    wall: list[float] = []
+    noise: dict[str, float] = {}
+    divergence: Divergence | None = None
+    first: list[Trace] | None = None
+    traces: list[Trace] = []
+    for repetition in range(plan.repetitions):
+        stage = f"{name}: repetition {repetition + 1} of {plan.repetitions}"
+        base = repetition * len(references)
+        tell(stage, base)
+        started = time.perf_counter()
+        traces = engine.generate(
+            references,
+            plan.sampling,
+            plan.capture,
+            lambda done, _, base=base, stage=stage: tell(stage, base + done),  # type: ignore[misc]
+        )
+        wall.append(time.perf_counter() - started)
+        if first is None:
+            first = traces
+            continue
+        differing = [d for a, b in zip(first, traces, strict=True) if (d := first_divergence(a, b)) is not None]
+        if differing and not plan.allow_nondeterminism:
+            raise NondeterminismError(
+                f"{name}: repetition {repetition + 1} differs from the first at {differing[0]}",
+                "find the cause, or record the noise with --allow-nondeterminism",
+            )
+        if differing:
+            divergence = divergence or differing[0]
+            _widen(noise, first, traces)
+    return (
+        Repetitions(
+            count=plan.repetitions,
+            bit_identical=divergence is None,
+            wall_seconds=tuple(wall),
+            wall_mean=statistics.fmean(wall),
+            wall_variance=statistics.variance(wall) if len(wall) > 1 else 0.0,
+            first_divergence=str(divergence) if divergence else "",
+            noise=noise,
+        ),
+        traces,
+    )
+
+
+def _widen(noise: dict[str, float], first: Sequence[Trace], again: Sequence[Trace]) -> None:
+    """Raise ``noise[phase/tensor]`` to the mean L2 distance between two repetitions where it is larger.
+
+    Only references whose tokens agree are compared: after a diverging token the inputs differ, not the arithmetic.
+    """
+    for (a, b), phase in itertools.product(zip(first, again, strict=True), PHASES):
+        if phase == "decode" and not np.array_equal(a.output_ids, b.output_ids):
+            continue
+        left, right = a.phase(phase).tensors(), b.phase(phase).tensors()
+        for name in left:
+            if name in ("positions", "logprob_ids", "logits") or not len(left[name]):
+                continue
+            if name == "logprobs" and not np.array_equal(left["logprob_ids"], right["logprob_ids"]):
+                continue
+            gap = (left[name].astype(np.float64) - right[name].astype(np.float64)).reshape(len(left[name]), -1)
+            size = float(np.linalg.norm(gap, axis=1).mean())
+            noise[f"{phase}/{name}"] = max(noise.get(f"{phase}/{name}", 0.0), size)

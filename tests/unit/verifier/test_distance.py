@@ -1,0 +1,207 @@
+"""Distances: the published definition, by hand and on the published tensor-parallel recordings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fpforensics.common.errors import EvidenceError, ReplayError
+from fpforensics.common.signals import PhaseTrace, Trace
+from fpforensics.verifier.distance import (
+    POOLED,
+    Cell,
+    SignalKey,
+    gather,
+    position_distances,
+    trace_distances,
+    with_pooled,
+)
+
+LAB = Path(__file__).parents[4] / "shared" / "lab"
+
+
+def phase_trace(positions: int = 3, seed: int = 0, layers: tuple[str, ...] = ("1", "last")) -> PhaseTrace:
+    rng = np.random.default_rng(seed)
+    return PhaseTrace(
+        positions=np.arange(10, 10 + positions, dtype=np.int32),
+        logprob_ids=np.tile(np.arange(4, dtype=np.int32), (positions, 1)),
+        logprobs=-rng.random((positions, 4)).astype(np.float32),
+        chosen_logprobs=np.zeros(positions, np.float32),
+        hidden_states={layer: rng.normal(size=(positions, 8)).astype(ml_dtypes.bfloat16) for layer in layers},
+        key_vectors={layer: rng.normal(size=(positions, 6)).astype(np.float16) for layer in layers},
+    )
+
+
+def trace(seed: int = 0, decode_positions: int = 3) -> Trace:
+    ids = np.arange(decode_positions + 1, dtype=np.int32)
+    return Trace("ref_0", ids, phase_trace(2, seed), phase_trace(decode_positions, seed + 1))
+
+
+def test_l2_per_position_in_float64_by_hand() -> None:
+    claimed = phase_trace(2, layers=("1",))
+    shift = np.array([[0, 0, 3, 4], [0, 0, 0, 0]], np.float32)
+    replay = replace(claimed, logprobs=claimed.logprobs * 0, key_vectors={"1": claimed.key_vectors["1"] * 0})
+    claimed = replace(claimed, logprobs=shift)
+    distances = position_distances(claimed, replay)
+    assert distances[SignalKey("logprobs")].tolist() == [5.0, 0.0]
+    by_hand = [np.sqrt(sum(float(x) ** 2 for x in row)) for row in claimed.key_vectors["1"]]
+    assert distances[SignalKey("key_vectors", "1")].dtype == np.float64
+    np.testing.assert_allclose(distances[SignalKey("key_vectors", "1")], by_hand, rtol=1e-15)
+    assert distances[SignalKey("hidden_states", "1")].tolist() == [0.0, 0.0]
+
+
+def test_long_traces_are_measured_in_blocks_without_a_seam() -> None:
+    rng = np.random.default_rng(0)
+    claimed, replay = rng.normal(size=(2, 1300, 8)).astype(np.float32)
+    base = replace(phase_trace(1300, layers=()), hidden_states={"1": claimed})
+    measured = position_distances(base, replace(base, hidden_states={"1": replay}))
+    expected = np.linalg.norm(claimed.astype(np.float64) - replay.astype(np.float64), axis=1)
+    np.testing.assert_allclose(measured[SignalKey("hidden_states", "1")], expected, rtol=1e-14)
+
+
+def test_one_bit_is_a_distance_and_no_bit_is_exactly_zero() -> None:
+    claimed = trace()
+    assert set(trace_distances(claimed, claimed).values()) == {0.0}
+    rows = claimed.decode.hidden_states["last"].copy()
+    rows.view(np.uint16)[1, 3] ^= 1
+    decode = replace(claimed.decode, hidden_states=dict(claimed.decode.hidden_states) | {"last": rows})
+    changed = trace_distances(claimed, replace(claimed, decode=decode))
+    assert [cell for cell, distance in changed.items() if distance] == [Cell("decode", "hidden_states", "last")]
+
+
+def test_mean_over_positions_per_cell_and_pooled_mean_over_layers() -> None:
+    claimed, other = trace(0), trace(5)
+    replay = replace(
+        other,
+        prefill=replace(other.prefill, logprob_ids=claimed.prefill.logprob_ids),
+        decode=replace(other.decode, logprob_ids=claimed.decode.logprob_ids),
+    )
+    distances = trace_distances(claimed, replay)
+    rows = position_distances(claimed.decode, replay.decode)
+    assert distances[Cell("decode", "logprobs")] == pytest.approx(rows[SignalKey("logprobs")].mean())
+    pooled = with_pooled(distances)
+    layers = [distances[Cell("decode", "key_vectors", layer)] for layer in ("1", "last")]
+    assert pooled[Cell("decode", "key_vectors", POOLED)] == pytest.approx(sum(layers) / 2)
+    assert Cell("decode", "logprobs", POOLED) not in pooled
+    assert with_pooled(pooled) == pooled
+
+
+def test_a_phase_without_positions_has_no_cells() -> None:
+    claimed = trace(decode_positions=0)
+    assert {cell.phase for cell in trace_distances(claimed, claimed)} == {"prefill"}
+
+
+@given(arrays.arrays(np.float32, (2, 3, 4), fill=st.just(0.5), elements=st.floats(-(2.0**99), 2.0**99, width=32)))
+def test_symmetric_nonnegative_and_zero_only_for_equal_values(pair: Any) -> None:
+    base = phase_trace(3, layers=())
+    ours, theirs = replace(base, hidden_states={"1": pair[0]}), replace(base, hidden_states={"1": pair[1]})
+    key = SignalKey("hidden_states", "1")
+    forth, back = position_distances(ours, theirs)[key], position_distances(theirs, ours)[key]
+    assert np.array_equal(forth, back) and (forth >= 0).all()
+    assert np.array_equal(forth == 0, (pair[0] == pair[1]).all(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"positions": np.array([10, 11, 13], np.int32)}, "positions differ at index 2: 12 .* 13"),
+        ({"positions": np.array([10, 11], np.int32)}, r"positions differ: \(3,\) .* \(2,\)"),
+        ({"logprob_ids": np.ones((3, 4), np.int32)}, "canonical token ids differ"),
+        ({"logprobs": np.ones((3, 3), np.float32)}, "logprobs: the claimed trace has shape"),
+        ({"hidden_states": {"1": np.ones((3, 8), np.float32)}}, "hidden_states: .* layers 1, last, .* 1$"),
+        ({"key_vectors": {"1": np.ones((3, 6)), "last": np.ones((3, 5))}}, "key_vectors/last: .* shape"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change: dict[str, Any], says: str) -> None:
+    claimed = phase_trace(3)
+    with pytest.raises(EvidenceError, match=says):
+        position_distances(claimed, replace(claimed, **change))
+
+
+def test_not_finite_is_refused_and_the_side_is_named() -> None:
+    good = phase_trace(3)
+    bad = replace(good, logprobs=np.full((3, 4), np.nan, np.float32))
+    with pytest.raises(EvidenceError, match="claimed value is not finite"):
+        position_distances(bad, good)
+    with pytest.raises(ReplayError, match="replayed value is not finite"):
+        position_distances(good, bad)
+
+
+def test_traces_of_other_references_or_tokens_are_refused() -> None:
+    claimed = trace()
+    with pytest.raises(EvidenceError, match="'ref_0', a replay of 'ref_1'"):
+        trace_distances(claimed, replace(claimed, reference_id="ref_1"))
+    with pytest.raises(EvidenceError, match="output ids of 'ref_0' differ at index 0"):
+        trace_distances(claimed, replace(claimed, output_ids=claimed.output_ids + 1))
+
+
+def test_gather_by_id_not_by_rank() -> None:
+    ids = np.array([[7, 5, 9]], np.int32)
+    logprobs = np.array([[-0.1, -2.0, -3.0]], np.float32)
+    picked = gather(ids, logprobs, np.array([[9, 7]], np.int32))
+    assert picked.tolist() == [[-3.0, pytest.approx(-0.1)]]
+    with pytest.raises(EvidenceError, match="token id 8 is not among those recorded at row 0"):
+        gather(ids, logprobs, np.array([[9, 8]], np.int32))
+
+
+# Published tensor-parallel study: aggregates as printed, within H100 and A100 as claimed against H100.
+WITHIN = [[0.0, 2.53e-01, 2.69e-01], [2.53e-01, 0.0, 3.14e-01], [2.69e-01, 3.14e-01, 0.0]]
+CROSS = [[3.60e-01, 2.88e-01, 2.99e-01], [2.40e-01, 2.33e-01, 3.09e-01], [2.41e-01, 3.25e-01, 3.55e-01]]
+TP = ("tp1", "tp2", "tp4")
+REFERENCES = ("ref_0", "ref_1", "ref_2")
+
+
+@pytest.mark.parametrize(("claimed_on", "printed"), [("H100", WITHIN), ("A100", CROSS)])
+def test_published_tensor_parallel_matrices_from_their_recordings(claimed_on: str, printed: list[list[float]]) -> None:
+    """Canonical ids ``first``: the first config's first five recorded ids at every position."""
+    if not LAB.exists():
+        pytest.skip("the published recordings are not beside this repository")
+    claimed, verified = _recorded(claimed_on), _recorded("H100")
+    aggregate = np.zeros((3, 3))
+    for reference in REFERENCES:
+        canonical = [list(ids)[:5] for ids in claimed["tp1", reference]]
+        for i, row in enumerate(TP):
+            for j, column in enumerate(TP):
+                ours = _as_phase(claimed[row, reference], canonical)
+                theirs = _as_phase(verified[column, reference], canonical)
+                aggregate[i, j] += position_distances(ours, theirs)[SignalKey("logprobs")].mean() / 3
+    assert [[f"{value:.2e}" for value in row] for row in aggregate] == [
+        [f"{value:.2e}" for value in row] for row in printed
+    ]
+
+
+def _recorded(gpu: str) -> dict[tuple[str, str], list[dict[int, float]]]:
+    runs = json.loads((LAB / f"tensor_parallel_{gpu}.json").read_text())["runs"]
+    return {
+        (run["config_id"].removeprefix(f"{gpu}_"), run["ref_id"]): [
+            dict(zip(each["token_ids"], each["log_probs"], strict=True)) for each in run["prefill"]["logprobs"].values()
+        ]
+        for run in runs
+    }
+
+
+def _as_phase(recorded: list[dict[int, float]], canonical: list[list[int]]) -> PhaseTrace:
+    gathered = [
+        gather(
+            np.array([list(each)], np.int32),
+            np.array([list(each.values())], np.float64),
+            np.array([ids], np.int32),
+        )
+        for each, ids in zip(recorded, canonical, strict=True)
+    ]
+    m = len(recorded)
+    return PhaseTrace(
+        np.arange(m, dtype=np.int32),
+        np.array(canonical, np.int32),
+        np.concatenate(gathered),
+        np.zeros(m, np.float32),
+    )

@@ -1,0 +1,83 @@
+"""Environments side by side: hardware may differ, software should not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from fpforensics.common.engines.base import EngineFacts, ModelFacts
+from fpforensics.common.environment import Environment
+from fpforensics.verifier.environment_diff import ABSENT, Difference, compare_environments, mismatches
+
+A100 = Environment(
+    hostname="637c3157512e", platform="Linux", python="3.12.3", cpu="AMD EPYC 7763", cpu_count=64,
+    cpu_flags=("avx2", "fma"), gpus=("NVIDIA A100-SXM4-80GB",), driver="570.86",
+    packages={"torch": "2.9.1", "vllm": "0.11.2"}, variables={},
+)  # fmt: skip
+FACTS = EngineFacts(
+    device="cuda", gpu="NVIDIA A100-SXM4-80GB", attention_kernels={"prefill": ["flash"], "decode": ["flash"]},
+    quantization_kernel="awq_marlin", batch_sizes=[1], versions={"torch": "2.9.1+cu128", "cuda": "12.8"},
+    numerics={"tf32": "false"},
+    model=ModelFacts(
+        name="m", architecture="Llama", weights_digest="sha256:0", vocab_size=8, num_layers=1, hidden_size=8,
+        key_width=8,
+    ),
+)  # fmt: skip
+
+
+def change(struct: Any, **fields: object) -> Any:
+    return msgspec.structs.replace(struct, **fields)
+
+
+def test_same_machine_differs_in_nothing() -> None:
+    differences = compare_environments(A100, FACTS, A100, FACTS)
+    assert differences and all(each.equal for each in differences)
+    assert {each.kind for each in differences} == {"hardware", "software", "kernels"}
+
+
+def test_published_case_other_gpu_and_other_torch() -> None:
+    h100 = change(A100, hostname="0ce493a31677", gpus=("NVIDIA H100 80GB HBM3",), driver="580.1")
+    facts = change(
+        FACTS,
+        gpu="NVIDIA H100 80GB HBM3",
+        versions={"torch": "2.9.0+cu128", "cuda": "12.8"},
+        attention_kernels={"prefill": ["cudnn"], "decode": ["flash"]},
+    )
+    differences = {each.name: each for each in compare_environments(A100, FACTS, h100, facts)}
+    assert differences["torch"] == Difference(
+        kind="software",
+        name="torch",
+        prover="2.9.1+cu128",
+        verifier="2.9.0+cu128",
+        equal=False,
+        expected=False,
+    )
+    assert differences["vllm"].equal and differences["cuda"].equal
+    for name in ("hostname", "gpu", "driver", "attention (prefill)"):
+        assert not differences[name].equal and differences[name].expected
+    assert [each.name for each in mismatches(tuple(differences.values()))] == ["torch"]
+
+
+def test_other_kernel_on_the_same_hardware_is_unexpected() -> None:
+    facts = change(FACTS, attention_kernels={"prefill": ["math"], "decode": ["flash"]})
+    found = mismatches(compare_environments(A100, FACTS, A100, facts))
+    assert [(each.kind, each.name, each.verifier) for each in found] == [("kernels", "attention (prefill)", "math")]
+
+
+def test_a_variable_that_somebody_set_is_unexpected_on_any_hardware() -> None:
+    other = change(A100, cpu="Intel Xeon", variables={"ATEN_CPU_CAPABILITY": "default"})
+    found = mismatches(compare_environments(A100, FACTS, other, FACTS))
+    assert [(each.name, each.prover, each.verifier) for each in found] == [("ATEN_CPU_CAPABILITY", ABSENT, "default")]
+
+
+def test_a_cpu_has_other_builds_and_no_gpu_libraries() -> None:
+    laptop = change(A100, gpus=(), driver="", packages={"torch": "2.9.1"})
+    facts = change(FACTS, device="cpu", gpu="", versions={"torch": "2.9.1+cpu"})
+    found = {each.name: each for each in compare_environments(A100, FACTS, laptop, facts)}
+    assert found["cuda"].verifier == ABSENT and found["cuda"].expected and not found["cuda"].equal
+    assert found["torch"].expected and not found["torch"].equal
+    older = compare_environments(A100, FACTS, laptop, change(facts, versions={"torch": "2.9.0+cpu"}))
+    assert [each.name for each in mismatches(older)] == ["torch"]
+    same_device = compare_environments(A100, FACTS, change(A100, packages={"torch": "2.9.1"}), FACTS)
+    assert [each.name for each in mismatches(same_device)] == ["vllm"]

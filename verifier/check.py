@@ -1,0 +1,349 @@
+"""A check: from a verified bundle and a claim to distances, matrices and a verdict.
+
+The bundle is trusted to be what its signer signed, and nothing more: models, lineup and noise floor are the verifier's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import combinations
+
+import msgspec
+
+from fpforensics.common.config import (
+    DEFAULT_MODEL,
+    Claim,
+    ExecutionConfig,
+    claim_of,
+    config_id,
+    parse_claim,
+    parse_config,
+)
+from fpforensics.common.engines.base import EngineFacts, EngineStarter, Host, ReplayMode
+from fpforensics.common.engines.remote import start_engine
+from fpforensics.common.environment import Environment, describe_environment
+from fpforensics.common.errors import UnknownModelError, UsageError, did_you_mean, shorten
+from fpforensics.common.evidence import Row
+from fpforensics.common.models import resolve_model, vocab_size, weights_digest
+from fpforensics.common.signals import Trace
+from fpforensics.verifier import decision
+from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows, decide_row
+from fpforensics.verifier.distance import Cell, trace_distances
+from fpforensics.verifier.environment_diff import Difference, compare_environments
+from fpforensics.verifier.intake import VerifiedBundle
+from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrices, kernel_classes
+from fpforensics.verifier.replay import Member, MemberReplay, Report, anchor_of, fingerprint, run_lineup
+
+# What the default lineup sets against the claimed config: one change each, skipped with its reason where it cannot run.
+ALTERNATIVES = (
+    "attn=eager",
+    "attn=sdpa",
+    "dtype=bf16",
+    "dtype=fp32",
+    "quant=none",
+    "quant=bnb-nf4",
+    "quant=bnb-int8",
+)
+ANCHOR_PREFIX = "anchor:"
+MAX_LINEUP = 64
+
+
+class CheckPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to check. An empty ``claim`` checks each row against its own declaration.
+
+    ``lineup`` holds config specs, each a change to the first checked row's claimed config; empty is a default one. ``using`` is a spec of
+    how the verifier runs the replays (e.g. ``matmul=fp32-rounded``) and is no part of any claim.
+    """
+
+    claim: str = ""
+    lineup: tuple[str, ...] = ()
+    mode: ReplayMode = "decode"
+    row: str = ""
+    using: str = ""
+
+
+class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One member of the lineup: what it stands for, what ran, how long it took, or why it was skipped."""
+
+    id: str
+    config: ExecutionConfig
+    runs_as: ExecutionConfig
+    facts: EngineFacts | None
+    seconds: float
+    skipped: str
+
+
+class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a verdict statement and a report hold; no NaN, no infinity."""
+
+    bundle_digest: str
+    signer: str
+    nonce: str
+    evidence_created_at: str
+    checked_at: str
+    tool_version: str
+    claim: str
+    mode: ReplayMode
+    verdict: Verdict
+    rows: tuple[RowVerdict, ...]
+    references: int
+    lineup: tuple[MemberReport, ...]
+    kernel_classes: tuple[tuple[str, ...], ...]
+    matrices: tuple[MatrixReport, ...]
+    environment: tuple[Difference, ...]
+    verifier_environment: Environment
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """One row under one claim: ``label`` names the claimed config, in matrices and among the lineup."""
+
+    row: Row
+    claim: Claim
+    config: ExecutionConfig
+    label: str
+    anchor: ExecutionConfig
+
+
+def check_bundle(
+    bundle: VerifiedBundle,
+    plan: CheckPlan,
+    host: Host,
+    report: Report = lambda _stage, _done, _total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    start: EngineStarter = start_engine,
+) -> CheckResult:
+    """Replay ``bundle`` under a lineup and decide whether its evidence fits the claim.
+
+    Raises:
+        UsageError: the claim, lineup or row does not make sense.
+        UnknownModelError: evidence about a model, or weights, that this verifier does not hold.
+        ReplayError: a config that was asked for cannot run here.
+    """
+    checked = _rows_to_check(bundle, plan)
+    for each in checked:
+        _require_known_model(each, plan, host)
+    members, rows = _plan_replays(checked, plan)
+    verifier_environment = describe_environment()
+    collected = _Collector(bundle, checked)
+    for replay in run_lineup(bundle, members, rows, plan.mode, host, report, cancelled, start):
+        collected.add(replay)
+    lineup = [each for each in collected.reports if not each.id.startswith(ANCHOR_PREFIX)]
+    classes = collected.kernel_classes()
+    verdicts = tuple(
+        decide_row(
+            config_id=each.label,
+            claim=str(each.claim),
+            members=collected.members_of(each),
+            noise=collected.noise_floor(each),
+            kernel_classes=classes,
+        )
+        for each in checked
+    )
+    return CheckResult(
+        bundle_digest=bundle.digest,
+        signer=bundle.signer.keyid,
+        nonce=bundle.evidence.nonce,
+        evidence_created_at=bundle.evidence.created_at,
+        checked_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        tool_version=version("fpforensics"),
+        claim=plan.claim,
+        mode=plan.mode,
+        verdict=combine_rows(verdicts),
+        rows=verdicts,
+        references=len(bundle.evidence.references),
+        lineup=tuple(lineup),
+        kernel_classes=classes,
+        matrices=tuple(matrix.to_report(classes) for matrix in build_matrices(collected.measurements)),
+        environment=compare_environments(
+            bundle.evidence.environment,
+            checked[0].row.facts,
+            verifier_environment,
+            collected.claimed_facts(checked[0]),
+        ),
+        verifier_environment=verifier_environment,
+    )
+
+
+def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[_Checked]:
+    """The named row; else, with a claim, the rows that declare it, or all if none does; else every row."""
+    rows = list(bundle.evidence.rows)
+    if plan.row:
+        known = {row.config_id: row for row in rows}
+        if plan.row not in known:
+            raise UsageError(f"no row {shorten(plan.row)!r} in the bundle", did_you_mean(plan.row, known))
+        rows = [known[plan.row]]
+    claim = parse_claim(plan.claim) if plan.claim else None
+    if claim is not None and not plan.row:
+        rows = [row for row in rows if claim.holds_for(row.config)] or rows
+    taken: set[str] = set()
+    checked = []
+    naming: ExecutionConfig | None = None
+    for row in rows:
+        own = claim or claim_of(row.config)
+        config = own.applied_to(_without_identity(row.config))
+        naming = naming or _naming_base(config, row.config.model)
+        label = name = config_id(config, naming)
+        count = 1
+        while label in taken:
+            count += 1
+            label = f"{name}#{count}"
+        taken.add(label)
+        checked.append(_Checked(row, own, config, label, anchor_of(config)))
+    return checked
+
+
+def _naming_base(claimed: ExecutionConfig, model: str) -> ExecutionConfig:
+    """What names leave out: the defaults, the bundle's model, and the path of products that the first claimed config has."""
+    return ExecutionConfig(model=model, matmul=claimed.matmul)
+
+
+def _without_identity(config: ExecutionConfig) -> ExecutionConfig:
+    return msgspec.structs.replace(config, weights_digest="")
+
+
+def _require_known_model(each: _Checked, plan: CheckPlan, host: Host) -> None:
+    """A bundle must not choose which files a verifier opens or downloads: only models the verifier's user named."""
+    named = {config.model for spec in (plan.claim, *plan.lineup) for config in [parse_config(spec)] if "model=" in spec}
+    for model in {each.config.model, each.row.config.model}:
+        if model not in host.models and model != DEFAULT_MODEL and model not in named:
+            raise UnknownModelError(
+                f"the bundle is about model {shorten(model)!r}, which this verifier does not hold",
+                f"name its checkpoint: --model-path {shorten(model)}=/path/to/checkpoint",
+            )
+    if each.config.model != each.row.config.model:
+        return
+    checkpoint = resolve_model(each.config.model, each.config.revision, host.models)
+    held, stated = weights_digest(checkpoint.path), each.row.facts.model.weights_digest
+    if each.row.facts.model.vocab_size != vocab_size(checkpoint.path):
+        raise UnknownModelError(
+            f"the bundle states a vocabulary of {each.row.facts.model.vocab_size} for {shorten(each.config.model)!r}, "
+            f"the checkpoint here has {vocab_size(checkpoint.path)}",
+            "name the right checkpoint with --model-path",
+        )
+    if stated != held or each.row.config.weights_digest not in ("", held):
+        raise UnknownModelError(
+            f"the bundle states weights {shorten(stated, 24)} for {shorten(each.config.model)!r}, "
+            f"the checkpoint here is {shorten(held, 24)}",
+            "name the right checkpoint with --model-path",
+        )
+
+
+def _plan_replays(checked: Sequence[_Checked], plan: CheckPlan) -> tuple[list[Member], dict[str, Sequence[Row]]]:
+    """The lineup (claimed, declared and alternative configs) and the anchors, with the rows that each replays."""
+    rows = [each.row for each in checked]
+    base = _naming_base(checked[0].config, rows[0].config.model)
+    asked = [parse_config(spec, checked[0].config) for spec in plan.lineup]
+    own = [each.config for each in checked] + [_without_identity(row.config) for row in rows]
+    offered = [] if plan.lineup else [parse_config(spec, checked[0].config) for spec in ALTERNATIVES]
+    members: dict[ExecutionConfig, Member] = {}
+    for config in (*own, *asked, *offered):
+        optional = config not in own and config not in asked
+        members.setdefault(config, Member(config_id(config, base), config, _run_as(config, plan.using), optional))
+    if len(members) > MAX_LINEUP:
+        raise UsageError(f"a lineup of {len(members)} configs", f"at most {MAX_LINEUP}")
+    replayed: dict[str, Sequence[Row]] = {member.id: rows for member in members.values()}
+    anchors: dict[ExecutionConfig, list[Row]] = {}
+    for each in checked:
+        anchors.setdefault(each.anchor, []).append(each.row)
+    for anchor, anchored in anchors.items():
+        if anchor in members:
+            members[anchor] = dataclasses.replace(members[anchor], optional=False)
+        else:
+            members[anchor] = Member(ANCHOR_PREFIX + config_id(anchor, base), anchor, anchor)
+            replayed[members[anchor].id] = anchored
+    return list(members.values()), replayed
+
+
+def _run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
+    """``config`` with the verifier's own execution options, where they combine with its quantization and dtype."""
+    wanted = parse_config(using, config)
+    if config.quantization != "none" or config.dtype in ("fp32", "fp64"):
+        wanted = msgspec.structs.replace(wanted, matmul=config.matmul)
+    return wanted
+
+
+class _Collector:
+    """Turns replays into distances as they come, and keeps only the traces that the noise floor still needs."""
+
+    def __init__(self, bundle: VerifiedBundle, checked: Sequence[_Checked]) -> None:
+        self._bundle = bundle
+        self._checked = checked
+        self._configs: dict[str, ExecutionConfig] = {}
+        self._fingerprints: dict[str, tuple[str, ...]] = {}
+        self._kept: dict[tuple[ExecutionConfig, str], Sequence[Trace]] = {}
+        self._distances: dict[tuple[str, str], dict[str, dict[Cell, float]]] = {}  # (label, member) -> reference -> …
+        self.reports: list[MemberReport] = []
+        self.measurements: list[Measurement] = []
+
+    def add(self, replay: MemberReplay) -> None:
+        """Measure one member's replay against every row it replayed."""
+        member = replay.member
+        self.reports.append(
+            MemberReport(
+                id=member.id,
+                config=member.config,
+                runs_as=member.runs_as,
+                facts=replay.facts,
+                seconds=replay.seconds,
+                skipped=replay.skipped,
+            )
+        )
+        if replay.skipped:
+            return
+        needed = {config for each in self._checked for config in (each.config, each.anchor)}
+        for each in self._checked:
+            traces = replay.traces.get(each.row.config_id)
+            if traces is None:
+                continue
+            if member.config in needed:
+                self._kept[member.config, each.label] = traces
+            if member.id.startswith(ANCHOR_PREFIX):
+                continue
+            self._measure(each, member, traces)
+        if not member.id.startswith(ANCHOR_PREFIX):
+            self._configs[member.id] = member.config
+            self._fingerprints[member.id] = tuple(
+                fingerprint(replay.traces[each.row.config_id]) for each in self._checked
+            )
+
+    def _measure(self, each: _Checked, member: Member, traces: Sequence[Trace]) -> None:
+        for trace in traces:
+            distances = trace_distances(self._bundle.trace(each.row, trace.reference_id), trace)
+            self._distances.setdefault((each.label, member.id), {})[trace.reference_id] = distances
+            self.measurements.append(
+                Measurement(row=each.label, column=member.id, reference_id=trace.reference_id, distances=distances)
+            )
+
+    def kernel_classes(self) -> tuple[tuple[str, ...], ...]:
+        """Members whose replays are bit-identical on this machine."""
+        return kernel_classes(
+            (a, b) for a, b in combinations(self._fingerprints, 2) if self._fingerprints[a] == self._fingerprints[b]
+        )
+
+    def members_of(self, each: _Checked) -> list[decision.Member]:
+        """The lineup as the decision sees it for one row."""
+        return [
+            decision.Member(id=name, fits=each.claim.holds_for(config), per_reference=self._distances[each.label, name])
+            for name, config in self._configs.items()
+        ]
+
+    def noise_floor(self, each: _Checked) -> dict[Cell, float]:
+        """Per cell, the distance between the claimed config's replay and its anchor's, mean over references."""
+        totals: dict[Cell, list[float]] = {}
+        pairs = zip(self._kept[each.config, each.label], self._kept[each.anchor, each.label], strict=True)
+        for claimed, anchor in pairs:
+            for cell, distance in trace_distances(claimed, anchor).items():
+                totals.setdefault(cell, []).append(distance)
+        return {cell: sum(values) / len(values) for cell, values in totals.items()}
+
+    def claimed_facts(self, each: _Checked) -> EngineFacts:
+        """What ran when the claimed config was replayed."""
+        facts: Mapping[ExecutionConfig, EngineFacts | None] = {report.config: report.facts for report in self.reports}
+        found = facts[each.config]
+        assert found is not None, "the claimed config is never skipped"
+        return found

@@ -1,0 +1,170 @@
+"""``verifier check``: a bundle and a claim in, matrices and a verdict out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fpforensics.common.cli import host_options, make_host, progress_bar, quiet_option
+
+if TYPE_CHECKING:
+    from fpforensics.verifier.check import CheckPlan, CheckResult
+    from fpforensics.verifier.verdict import VerifiedVerdict
+
+F = TypeVar("F", bound=Callable[..., Any])
+EXIT_CODES = {"CONSISTENT": 0, "INCONSISTENT": 1, "INCONCLUSIVE": 3}
+
+
+def claim_options(command: F) -> F:
+    """``--claim``, ``--lineup``, ``--replay``, ``--row`` and ``--using``: what is checked against what."""
+    for decorate in reversed(
+        (
+            click.option("--claim", default="", metavar="KEY=VALUE,…", help="What is claimed, e.g. quant=awq. [default: what each row declares]"),
+            click.option("--lineup", multiple=True, metavar="SPEC|FILE", help="Config to replay, as a change to the claimed one (attn=eager), or a TOML file. Repeatable. [default: one change each of attention, dtype, quantization]"),
+            click.option("--replay", "mode", type=click.Choice(["prefill", "decode"]), default="decode", show_default=True, help="Force tokens one by one through the decode kernels, or all in one forward (fast)."),
+            click.option("--row", default="", metavar="ID", help="Check this row only."),
+            click.option("--using", default="", metavar="KEY=VALUE", help="How this verifier computes replays, e.g. matmul=fp32-rounded (fast on CPUs without bf16)."),
+        )
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+def output_options(command: F) -> F:
+    """``--json``, ``--html``, ``--png`` and ``--verdict``: what is left behind."""
+    for decorate in reversed(
+        (
+            click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+            click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained HTML page."),
+            click.option("--png", type=click.Path(path_type=Path), help="Write the heat maps as a picture."),
+            click.option("--verdict", "verdict_path", type=click.Path(path_type=Path), help="Where to write the signed verdict."),
+        )
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--key", "keys", multiple=True, required=True, type=click.Path(path_type=Path), help="Trusted public key, or a folder of *.pub. Repeatable.")  # fmt: skip
+@claim_options
+@click.option("--nonce", default=None, help="The challenge that this bundle must answer, in hex.")
+@output_options
+@click.option("--sign", type=click.Path(path_type=Path), help="Key to sign the verdict with (see verifier keygen).")
+@host_options
+@quiet_option
+def check(
+    bundle: Path,
+    keys: tuple[Path, ...],
+    claim: str,
+    lineup: tuple[str, ...],
+    mode: str,
+    row: str,
+    using: str,
+    nonce: str | None,
+    as_json: bool,
+    html: Path | None,
+    png: Path | None,
+    sign: Path | None,
+    verdict_path: Path | None,
+    device: str,
+    python: str,
+    env: tuple[str, ...],
+    model_paths: tuple[str, ...],
+    quiet: bool,
+) -> None:
+    """Replay BUNDLE's tokens under a lineup of configs and say whether its evidence fits the claim.
+
+    \b
+    verifier check bundle.msgpack --key prover.key.pub --claim quant=none
+    verifier check bundle.msgpack --key keys/ --claim attn=sdpa --lineup attn=eager --html report.html
+    """
+    from fpforensics.common.keys import Keyring
+    from fpforensics.verifier.check import check_bundle
+    from fpforensics.verifier.intake import open_bundle
+
+    plan = make_plan(claim, lineup, mode, row, using)
+    host = make_host(device, python, env, model_paths)
+    with open_bundle(bundle, Keyring.from_paths(keys), expected_nonce=nonce) as verified, progress_bar(quiet) as report:
+        result = check_bundle(verified, plan, host, report)
+    deliver(
+        result, as_json=as_json, html=html, png=png, sign=sign, verdict_path=verdict_path, challenged=nonce is not None
+    )
+
+
+def make_plan(claim: str, lineup: tuple[str, ...], mode: str, row: str, using: str) -> CheckPlan:
+    """The plan that the options of :func:`claim_options` describe; the claim is parsed here so that nonsense fails early."""
+    from fpforensics.common.config import parse_claim
+    from fpforensics.verifier.check import CheckPlan
+    from fpforensics.verifier.lineup import read_lineup
+
+    if claim:
+        parse_claim(claim)
+    read = read_lineup(lineup)
+    return CheckPlan(claim=claim, lineup=read.specs, mode=mode, row=row, using=using or read.using)  # type: ignore[arg-type]
+
+
+def deliver(
+    result: CheckResult,
+    *,
+    as_json: bool,
+    html: Path | None,
+    png: Path | None,
+    sign: Path | None,
+    verdict_path: Path | None,
+    challenged: bool,
+) -> None:
+    """Sign and write what was asked for, print the result and leave with the verdict's exit code."""
+    from fpforensics.common import envelope
+    from fpforensics.common.errors import UsageError
+    from fpforensics.common.keys import load_private
+    from fpforensics.verifier.verdict import sign_verdict
+
+    if (sign is None) != (verdict_path is None):
+        raise UsageError("--sign and --verdict go together", "give the signing key and the file to write")
+    if sign is not None and verdict_path is not None:
+        verdict_path.write_bytes(envelope.to_json(sign_verdict(result, load_private(sign), challenged)))
+    _show(result, as_json, html, png)
+
+
+def deliver_signed(
+    verdict: VerifiedVerdict,
+    bundle_digest: str,
+    *,
+    as_json: bool,
+    html: Path | None,
+    png: Path | None,
+    verdict_path: Path | None,
+) -> None:
+    """The same for a verdict that a server signed, whose signature was checked. Raises :class:`EvidenceError` if it is
+    about another bundle."""
+    from fpforensics.common.errors import EvidenceError
+
+    result = verdict.predicate.result
+    if result.bundle_digest != bundle_digest:
+        raise EvidenceError(
+            f"the server's verdict is about bundle {result.bundle_digest[:24]}…, not the one submitted",
+            "do not rely on it",
+        )
+    if verdict_path is not None:
+        verdict_path.write_bytes(verdict.envelope)
+    _show(result, as_json, html, png)
+
+
+def _show(result: CheckResult, as_json: bool, html: Path | None, png: Path | None) -> None:
+    import msgspec
+
+    from fpforensics.verifier.report import html as html_report
+    from fpforensics.verifier.report import text
+
+    if html is not None:
+        html.write_text(html_report.render(result), encoding="utf-8")
+    if png is not None:
+        from fpforensics.verifier.report.heatmap import render_png
+
+        render_png(result, png)
+    click.echo(msgspec.json.format(msgspec.json.encode(result)) if as_json else text.render(result))
+    raise click.exceptions.Exit(EXIT_CODES[result.verdict])

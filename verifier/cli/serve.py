@@ -1,0 +1,59 @@
+"""``verifier serve``: take bundles, check claims, publish signed verdicts over gRPC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Unpack
+
+import click
+
+from fpforensics.common.cli import host_options, make_host
+from fpforensics.common.netcli import ListenOptions, listen_options, make_listen, serve_until_stopped
+
+
+@click.command()
+@click.option(
+    "--key", required=True, type=click.Path(path_type=Path), help="Key that signs verdicts (see verifier keygen)."
+)
+@click.option("--trust", multiple=True, required=True, type=click.Path(path_type=Path), help="Public key of a prover, or a folder of *.pub. Repeatable.")  # fmt: skip
+@click.option("--store", required=True, type=click.Path(path_type=Path), help="Folder for bundles and verdicts.")
+@click.option(
+    "--using", default="", metavar="KEY=VALUE", help="How replays are computed here, e.g. matmul=fp32-rounded."
+)
+@click.option(
+    "--require-challenge", is_flag=True, help="Take only bundles that answer this verifier's own fresh challenge."
+)
+@listen_options(7342)
+@host_options
+def serve(
+    key: Path,
+    trust: tuple[Path, ...],
+    store: Path,
+    using: str,
+    require_challenge: bool,
+    device: str,
+    python: str,
+    env: tuple[str, ...],
+    model_paths: tuple[str, ...],
+    **listen: Unpack[ListenOptions],
+) -> None:
+    """Take bundles from provers, check claims on this hardware, and show signed verdicts to auditors.
+
+    \b
+    verifier serve --key verifier.key --trust prover.key.pub --store store/
+    """
+    from fpforensics.common.config import parse_config
+    from fpforensics.common.keys import Keyring, load_private
+    from fpforensics.verifier.service import VerifierConfig, serve_verifier
+
+    parse_config(using)
+    config = VerifierConfig(
+        key=load_private(key),
+        keyring=Keyring.from_paths(trust),
+        store=store,
+        listen=make_listen(listen),
+        host=make_host(device, python, env, model_paths),
+        using=using,
+        require_challenge=require_challenge,
+    )
+    serve_until_stopped(serve_verifier(config), listen["listen"])

@@ -1,0 +1,108 @@
+"""``verifier session``: challenge a prover, fetch its bundle, check it here or on a verifier's server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Unpack
+
+import click
+
+from fpforensics.common.cli import host_options, make_host, progress_bar, quiet_option
+from fpforensics.common.netcli import AccessOptions, access_options, make_access
+from fpforensics.prover.cli.plan import PlanOptions, make_session_plan, plan_options
+from fpforensics.verifier.cli.check import claim_options, deliver, deliver_signed, make_plan, output_options
+
+
+class SessionOptions(PlanOptions, AccessOptions):
+    """What click passes on unnamed."""
+
+
+@click.command()
+@click.option("--prover", required=True, help="The prover, host:port.")
+@click.option("--key", "keys", multiple=True, required=True, type=click.Path(path_type=Path), help="The prover's public key, or a folder of *.pub. Repeatable.")  # fmt: skip
+@click.option("--server", default="", help="Have a verifier's server check the bundle. [default: check here]")
+@click.option("--server-key", "server_keys", multiple=True, type=click.Path(path_type=Path), help="Public key that the server's verdicts are signed with. Repeatable.")  # fmt: skip
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Where to keep the bundle.")
+@claim_options
+@output_options
+@click.option(
+    "--sign", type=click.Path(path_type=Path), help="Key to sign a verdict given here with (see verifier keygen)."
+)
+@plan_options
+@access_options
+@host_options
+@quiet_option
+def session(
+    prover: str,
+    keys: tuple[Path, ...],
+    server: str,
+    server_keys: tuple[Path, ...],
+    output: Path,
+    claim: str,
+    lineup: tuple[str, ...],
+    mode: str,
+    row: str,
+    using: str,
+    as_json: bool,
+    html: Path | None,
+    png: Path | None,
+    sign: Path | None,
+    verdict_path: Path | None,
+    device: str,
+    python: str,
+    env: tuple[str, ...],
+    model_paths: tuple[str, ...],
+    quiet: bool,
+    **options: Unpack[SessionOptions],
+) -> None:
+    """Send a prover a fresh challenge, fetch the bundle that answers it, and check the claim.
+
+    \b
+    verifier session --prover 127.0.0.1:7341 --key prover.key.pub -o bundle.msgpack --claim attn=sdpa
+    verifier session --prover 127.0.0.1:7341 --key prover.key.pub -o bundle.msgpack --claim quant=none \\
+        --server 127.0.0.1:7342 --server-key verifier.key.pub
+    """
+    import secrets
+
+    from fpforensics.common.errors import UsageError
+    from fpforensics.common.keys import Keyring
+    from fpforensics.prover.client import ProverClient
+    from fpforensics.verifier.client import VerifierClient
+    from fpforensics.verifier.intake import open_bundle
+
+    plan = make_plan(claim, lineup, mode, row, using)
+    keyring, server_keyring = Keyring.from_paths(keys), Keyring.from_paths(server_keys)
+    if server and not server_keys:
+        raise UsageError("--server without --server-key", "whose verdicts do you trust? give the server's public key")
+    access = make_access(
+        AccessOptions(
+            tls_roots=options["tls_roots"],
+            tls_cert=options["tls_cert"],
+            tls_key=options["tls_key"],
+            token_file=options["token_file"],
+        )
+    )
+    host = make_host(device, python, env, model_paths)
+    with progress_bar(quiet) as report, ProverClient(prover, access) as proving:
+        if not server:
+            nonce = secrets.token_hex(32)
+            proving.run_session(make_session_plan(options, nonce), output, report=report)
+            from fpforensics.verifier.check import check_bundle
+
+            with open_bundle(output, keyring, expected_nonce=nonce) as bundle:
+                result = check_bundle(bundle, plan, host, report)
+        else:
+            from fpforensics.verifier.verdict import open_verdict
+
+            with VerifierClient(server, access) as verifying:
+                nonce = verifying.request_nonce()
+                proving.run_session(make_session_plan(options, nonce), output, report=report)
+                # Ours to look at before it is passed on: a bundle that we would refuse is not worth a server's time.
+                with open_bundle(output, keyring, expected_nonce=nonce):
+                    pass
+                submitted = verifying.submit_bundle(output, report)
+                verdict = open_verdict(verifying.check(submitted.bundle_digest, plan, report), server_keyring)
+    if server:
+        deliver_signed(verdict, submitted.bundle_digest, as_json=as_json, html=html, png=png, verdict_path=verdict_path)
+    else:
+        deliver(result, as_json=as_json, html=html, png=png, sign=sign, verdict_path=verdict_path, challenged=True)

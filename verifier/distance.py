@@ -1,0 +1,158 @@
+"""How far a claimed trace is from a replay: L2 per position in float64, averaged over positions.
+
+Pure NumPy. Shapes: M positions, K canonical token ids, D a vector's width. The published studies define the
+distance the same way: L2 over the log-probabilities at the canonical ids, or over the vector; the mean over
+positions is a reference's distance; the mean over references is a matrix entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fpforensics.common.errors import EvidenceError, ReplayError, shorten
+from fpforensics.common.signals import PHASES, Array, Phase, PhaseTrace, Signal, Trace
+
+Floats = NDArray[np.float64]
+
+POOLED = "pooled"
+"""The layer name of the mean over layers of the per-layer distances."""
+
+# Rows converted to float64 at once, so that a long trace is never held twice.
+_BLOCK_ROWS = 512
+
+
+class SignalKey(msgspec.Struct, frozen=True, order=True):
+    """A signal and its layer; ``layer`` is empty for logprobs."""
+
+    signal: Signal
+    layer: str = ""
+
+
+class Cell(msgspec.Struct, frozen=True, order=True):
+    """Where a distance is measured: phase, signal and layer (empty for logprobs, or :data:`POOLED`)."""
+
+    phase: Phase
+    signal: Signal
+    layer: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.phase, self.signal, self.layer)))
+
+
+def position_distances(claimed: PhaseTrace, replay: PhaseTrace) -> dict[SignalKey, Floats]:
+    """L2 distance at each position, (M,) float64, for logprobs and for every layer of every vector signal.
+
+    The log-probabilities must be at the same ids on both sides (the replay gathers the claimed ids). Raises
+    :class:`EvidenceError` if positions, ids, layers or widths differ or a claimed value is not finite, and
+    :class:`ReplayError` if a replayed value is not finite.
+    """
+    _require_same(claimed.positions, replay.positions, "positions")
+    _require_same(claimed.logprob_ids, replay.logprob_ids, "canonical token ids")
+    distances = {SignalKey("logprobs"): _rows_l2(claimed.logprobs, replay.logprobs, "logprobs")}
+    layered: tuple[tuple[Signal, Mapping[str, Array], Mapping[str, Array]], ...] = (
+        ("key_vectors", claimed.key_vectors, replay.key_vectors),
+        ("hidden_states", claimed.hidden_states, replay.hidden_states),
+    )
+    for signal, ours, theirs in layered:
+        if ours.keys() != theirs.keys():
+            raise EvidenceError(
+                f"{signal}: the claimed trace holds layers {_names(ours)}, the replay {_names(theirs)}",
+                "both sides must capture the same layers of the same model",
+            )
+        for layer in ours:
+            name = f"{signal}/{layer}"
+            distances[SignalKey(signal, layer)] = _rows_l2(ours[layer], theirs[layer], name)
+    return distances
+
+
+def trace_distances(claimed: Trace, replay: Trace) -> dict[Cell, float]:
+    """The mean over positions for each cell of both phases: one reference's distances.
+
+    A phase without positions (a single generated token has no decode position) has no cells. Raises
+    :class:`EvidenceError` if the two are not traces of the same reference and tokens.
+    """
+    if claimed.reference_id != replay.reference_id:
+        raise EvidenceError(
+            f"a trace of {shorten(claimed.reference_id)!r}, a replay of {shorten(replay.reference_id)!r}",
+            "compare traces of one reference",
+        )
+    _require_same(claimed.output_ids, replay.output_ids, f"output ids of {shorten(claimed.reference_id)!r}")
+    means: dict[Cell, float] = {}
+    for phase in PHASES:
+        ours, theirs = claimed.phase(phase), replay.phase(phase)
+        if not len(ours.positions) and not len(theirs.positions):
+            continue
+        for key, rows in position_distances(ours, theirs).items():
+            means[Cell(phase, key.signal, key.layer)] = float(rows.mean())
+    return means
+
+
+def with_pooled(distances: Mapping[Cell, float]) -> dict[Cell, float]:
+    """``distances`` and, for each phase and vector signal, the mean over layers as layer :data:`POOLED`."""
+    layers: dict[Cell, list[float]] = {}
+    for cell, distance in distances.items():
+        if cell.layer and cell.layer != POOLED:
+            layers.setdefault(Cell(cell.phase, cell.signal, POOLED), []).append(distance)
+    return dict(distances) | {cell: float(np.mean(values)) for cell, values in layers.items()}
+
+
+def gather(ids: Array, logprobs: Array, canonical_ids: Array) -> Array:
+    """Log-probabilities (M, K) at ``canonical_ids`` (M, K) of a recorded top-k (M, J).
+
+    For recorded studies, which kept a top-k only; a live replay gathers from its full distribution instead.
+    Raises :class:`EvidenceError` if a position did not record an id.
+    """
+    matches = canonical_ids[:, :, None] == ids[:, None, :]  # (M, K, J)
+    missing = np.argwhere(~matches.any(axis=2))
+    if len(missing):
+        row, column = missing[0]
+        raise EvidenceError(
+            f"token id {int(canonical_ids[row, column])} is not among those recorded at row {int(row)}",
+            "choose canonical ids that both sides recorded",
+        )
+    picked: Array = np.take_along_axis(logprobs, matches.argmax(axis=2), axis=1)
+    return picked
+
+
+def _rows_l2(claimed: Array, replay: Array, name: str) -> Floats:
+    """(M, D) twice -> (M,) float64."""
+    if claimed.shape != replay.shape or claimed.ndim != 2:
+        raise EvidenceError(
+            f"{name}: the claimed trace has shape {claimed.shape}, the replay {replay.shape}",
+            "another model, or another capture plan",
+        )
+    distances = np.empty(len(claimed), np.float64)
+    for start in range(0, len(claimed), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        ours, theirs = claimed[block].astype(np.float64), replay[block].astype(np.float64)
+        if not np.isfinite(ours).all():
+            raise EvidenceError(f"{name}: a claimed value is not finite", "evidence holds finite numbers only")
+        if not np.isfinite(theirs).all():
+            raise ReplayError(f"{name}: a replayed value is not finite", "try a wider dtype or another kernel")
+        distances[block] = np.sqrt(np.square(ours - theirs).sum(axis=1))
+    return distances
+
+
+def _require_same(claimed: NDArray[Any], replay: NDArray[Any], what: str) -> None:
+    if claimed.shape != replay.shape:
+        raise EvidenceError(
+            f"{what} differ: {claimed.shape} in the claimed trace, {replay.shape} in the replay",
+            "replay the claimed tokens at the claimed positions",
+        )
+    differing = np.flatnonzero((claimed != replay).reshape(-1))
+    if len(differing):
+        at = int(differing[0])
+        raise EvidenceError(
+            f"{what} differ at index {at}: {claimed.reshape(-1)[at]} in the claimed trace, "
+            f"{replay.reshape(-1)[at]} in the replay",
+            "replay the claimed tokens at the claimed positions",
+        )
+
+
+def _names(layers: Iterable[str]) -> str:
+    return ", ".join(shorten(layer, 20) for layer in layers) or "none"

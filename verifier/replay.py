@@ -1,0 +1,149 @@
+"""Replay: teacher-force a bundle's tokens through every member of a lineup, each in its own worker process."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.engines.base import EngineFacts, EngineStarter, Host, ReplayMode
+from fpforensics.common.engines.remote import start_engine
+from fpforensics.common.errors import CancelledError, MissingDependencyError, ReplayError, UsageError, shorten
+from fpforensics.common.evidence import Row
+from fpforensics.common.signals import PHASES, CapturePlan, Trace
+from fpforensics.verifier.intake import VerifiedBundle
+
+Report = Callable[[str, int, int], None]
+
+WIDER: Mapping[str, str] = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp64"}
+"""The dtype that the anchor of a config of this dtype is computed in."""
+
+MAX_REASON = 500
+"""Characters of the reason why a member was skipped: it goes into a signed verdict."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One config of the lineup. ``runs_as`` is what is loaded, if the verifier runs it by another path (see ``using``).
+
+    An ``optional`` member that cannot run here is skipped with its reason; any other ends the check.
+    """
+
+    id: str
+    config: ExecutionConfig
+    runs_as: ExecutionConfig
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class MemberReplay:
+    """What one member's worker produced: traces by row id, in the bundle's order of references."""
+
+    member: Member
+    traces: Mapping[str, Sequence[Trace]]
+    facts: EngineFacts | None
+    seconds: float
+    skipped: str = ""
+
+
+def anchor_of(config: ExecutionConfig) -> ExecutionConfig:
+    """The claimed config in a wider dtype, by the plainest path: same weights and quantization, little rounding.
+
+    Raises :class:`UsageError` for float64, which has nothing wider to be measured against.
+    """
+    if config.dtype not in WIDER:
+        raise UsageError(f"no anchor is wider than dtype={config.dtype}", "claim bf16, fp16 or fp32")
+    return ExecutionConfig(
+        model=config.model,
+        revision=config.revision,
+        backend=config.backend,
+        dtype=WIDER[config.dtype],  # type: ignore[arg-type]
+        quantization=config.quantization,
+    )
+
+
+def run_lineup(
+    bundle: VerifiedBundle,
+    members: Sequence[Member],
+    rows: Mapping[str, Sequence[Row]],
+    mode: ReplayMode,
+    host: Host,
+    report: Report,
+    cancelled: Callable[[], bool] = lambda: False,
+    start: EngineStarter = start_engine,
+) -> Iterator[MemberReplay]:
+    """Yield each member's replay of the rows that ``rows[member.id]`` names, one member after the other.
+
+    Raises :class:`ReplayError` (or its kin) naming the member that could not run.
+    """
+    references = bundle.references()
+    total = sum(len(rows[member.id]) for member in members) * len(references)
+    done = 0
+    for member in members:
+        report(f"{member.id}: starting", done, total)
+        started = time.perf_counter()
+        try:
+            traces, facts = _replay_member(
+                bundle, member, rows[member.id], mode, host, cancelled, _relay(report, member.id, done, total), start
+            )
+        except (ReplayError, MissingDependencyError, UsageError) as error:
+            if member.optional and not isinstance(error, CancelledError):
+                yield MemberReplay(member, {}, None, 0.0, skipped=shorten(error.diagnostics(), MAX_REASON))
+                done += len(rows[member.id]) * len(references)
+                continue
+            error.message = f"{member.id}: {error.message}"
+            raise
+        done += len(rows[member.id]) * len(references)
+        yield MemberReplay(member, traces, facts, time.perf_counter() - started)
+
+
+def fingerprint(traces: Sequence[Trace]) -> str:
+    """SHA-256 over every tensor of ``traces``: equal for bit-identical replays, so that none has to be kept."""
+    sha = hashlib.sha256()
+    for trace in traces:
+        for phase in PHASES:
+            for name, array in sorted(trace.phase(phase).tensors().items()):
+                sha.update(f"{trace.reference_id}/{phase}/{name}/{array.dtype}/{array.shape}".encode())
+                sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def _replay_member(
+    bundle: VerifiedBundle,
+    member: Member,
+    rows: Sequence[Row],
+    mode: ReplayMode,
+    host: Host,
+    cancelled: Callable[[], bool],
+    tell: Callable[[int], None],
+    start: EngineStarter,
+) -> tuple[dict[str, Sequence[Trace]], EngineFacts]:
+    capture = _held_layers(bundle.evidence.capture, rows)
+    references = bundle.references()
+    traces: dict[str, Sequence[Trace]] = {}
+    with start(member.runs_as, host, cancelled) as engine:
+        for index, row in enumerate(rows):
+            forcings = [bundle.forcing(row, reference.id) for reference in references]
+            before = index * len(references)
+            traces[row.config_id] = engine.teacher_force(
+                forcings,
+                capture,
+                mode,
+                lambda done, _, before=before: tell(before + done),  # type: ignore[misc]
+            )
+        return traces, engine.facts()
+
+
+def _held_layers(capture: CapturePlan, rows: Sequence[Row]) -> CapturePlan:
+    """The plan as the evidence holds it: layers beyond a model's depth were left out at capture."""
+    held = {name.partition("/")[2] for row in rows for entry in row.traces for name in entry.prefill if "/" in name}
+    layers = tuple(layer for layer in capture.layers if layer in held)
+    return msgspec.structs.replace(capture, layers=layers)
+
+
+def _relay(report: Report, name: str, before: int, total: int) -> Callable[[int], None]:
+    return lambda done: report(f"{name}: replay", before + done, total)

@@ -1,0 +1,102 @@
+"""Reports of a check, for people: text in the published shape, one HTML page, a picture of heat maps.
+
+Ids, names and environments come from signed but untrusted evidence: every renderer passes what it shows
+through :func:`clean`, so that no escape sequence or direction mark reaches a terminal or a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fpforensics.common.signals import Phase, Signal
+from fpforensics.verifier.decision import MAX_FLOORS, MIN_RATIO, RowVerdict
+from fpforensics.verifier.distance import Floats
+from fpforensics.verifier.environment_diff import mismatches
+from fpforensics.verifier.matrix import MatrixReport
+
+if TYPE_CHECKING:
+    from fpforensics.verifier.check import CheckResult
+
+SIGNAL_TITLES: dict[Signal, str] = {
+    "logprobs": "Logprobs",
+    "key_vectors": "Key vectors",
+    "hidden_states": "Hidden states",
+}
+
+
+def clean(text: str, limit: int = 400) -> str:
+    """``text`` on one line, cut to ``limit`` characters; the unprintable as escape sequences."""
+    cut = text if len(text) <= limit else f"{text[:limit]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
+def distance(value: float | None) -> str:
+    """A distance as the published tables print it; ``—`` where nothing was measured."""
+    return "—" if value is None else f"{value:.2e}"
+
+
+def snr(value: float | None, infinite: bool, digits: int = 2) -> str:
+    """An SNR as the published tables print it."""
+    if infinite:
+        return "inf"
+    return "n/a" if value is None else f"{value:.{digits}f}×"
+
+
+def row_snr(row: RowVerdict) -> str:
+    """A row's SNR and, where the claim was not refuted, its labels on the published scale and the plan's."""
+    shown = snr(row.snr, row.snr_infinite)
+    named = row.label and row.verdict != "INCONSISTENT"
+    return f"{shown}, {row.label} ({row.second_label})" if named else shown
+
+
+def floors(value: float | None) -> str:
+    """A distance in noise floors."""
+    if value is None:
+        return "n/a"
+    return f"{value:.2f}" if value < 1000 else f"{value:.2g}"
+
+
+def headline(matrices: Sequence[MatrixReport], phase: Phase) -> list[MatrixReport]:
+    """The matrices of a phase that stand for their signal: logprobs, and vectors pooled over layers."""
+    return [each for each in matrices if each.phase == phase and each.layer in ("", "pooled")]
+
+
+def layers(matrices: Sequence[MatrixReport], phase: Phase) -> list[MatrixReport]:
+    """The matrices of a phase's single layers."""
+    return [each for each in matrices if each.phase == phase and each.layer not in ("", "pooled")]
+
+
+def log_scale(values: Floats) -> Floats:
+    """``values`` to 0 … 1 by logarithm, smallest positive to largest; 0 and NaN stay as they are."""
+    positive = values[values > 0]
+    if not len(positive):
+        return values * 0.0
+    low, high = np.log(positive.min()), np.log(positive.max())
+    with np.errstate(divide="ignore"):
+        scaled = (np.log(values) - low) / max(high - low, 1e-12)
+    # A faint tint for the smallest positive value: only an exact zero is blank.
+    return np.where(values == 0, 0.0, 0.08 + 0.92 * scaled)
+
+
+def caveats(result: CheckResult) -> tuple[str, ...]:
+    """What the verdict does not say, for this check."""
+    said = [
+        f"The thresholds ({MAX_FLOORS:g} noise floors, a factor of {MIN_RATIO:g}) are fixed: "
+        "no error rate is known for this verdict.",
+        "The evidence was compared with this lineup and with nothing else.",
+        "Distances speak of arithmetic. That it ran on the stated hardware is the signer's word.",
+    ]
+    if result.kernel_classes:
+        classes = "; ".join(" = ".join(members) for members in result.kernel_classes)
+        said.append(f"Bit-identical here, so that nothing can tell them apart: {classes}.")
+    skipped = [member.id for member in result.lineup if member.skipped]
+    if skipped:
+        said.append(f"Could not be run here, so were not compared: {', '.join(skipped)}.")
+    unexpected = mismatches(result.environment)
+    if unexpected:
+        names = ", ".join(each.name for each in unexpected)
+        said.append(f"Not only the hardware differs between prover and verifier, but also: {names}.")
+    return tuple(said)

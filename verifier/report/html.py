@@ -1,0 +1,154 @@
+"""The report as one self-contained page: no scripts, nothing fetched, every value escaped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fpforensics.common.errors import MissingDependencyError
+from fpforensics.common.signals import PHASES, Phase
+from fpforensics.verifier.decision import RowVerdict
+from fpforensics.verifier.distance import POOLED
+from fpforensics.verifier.environment_diff import mismatches
+from fpforensics.verifier.matrix import MatrixReport, Table
+from fpforensics.verifier.report import (
+    SIGNAL_TITLES,
+    caveats,
+    clean,
+    distance,
+    floors,
+    headline,
+    layers,
+    log_scale,
+    row_snr,
+    snr,
+)
+
+if TYPE_CHECKING:
+    from fpforensics.verifier.check import CheckResult
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One cell of a heat map: its text, its colour (0 to 1, or None), whether it is the diagonal."""
+
+    shown: str
+    heat: float | None
+    own: bool
+
+    @property
+    def style(self) -> str:
+        """Numbers of ours only: this is the one value that reaches a style attribute."""
+        return "" if self.heat is None else f"--t:{100 * self.heat:.0f}%"
+
+    @property
+    def classes(self) -> str:
+        """``hot`` cells take the light ink; ``own`` ones an outline."""
+        return " ".join(["hot"] * (self.heat is not None and self.heat > 0.5) + ["own"] * self.own)
+
+
+@dataclass(frozen=True)
+class LayerLine:
+    """One cell of the trace (phase, signal, layer) with every member's distance in noise floors."""
+
+    phase: Phase
+    signal: str
+    layer: str
+    members: tuple[Heat, ...]
+
+
+def render(result: CheckResult) -> str:
+    """The page. Raises :class:`MissingDependencyError` where jinja2 is not installed."""
+    try:
+        import jinja2
+        import markupsafe
+    except ImportError:
+        raise MissingDependencyError("the HTML page", "jinja2", "pip install 'fpforensics[report]'") from None
+
+    def finalize(value: object) -> object:
+        return clean(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
+
+    def breakable(name: str) -> markupsafe.Markup:
+        """A long config id that may be broken after each comma."""
+        return markupsafe.Markup(",<wbr>").join(clean(name).split(","))
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=finalize,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"distance": distance, "floors": floors, "breakable": breakable}
+    source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        result=result,
+        titles=SIGNAL_TITLES,
+        phases=[phase for phase in PHASES if headline(result.matrices, phase)],
+        headline=lambda phase: headline(result.matrices, phase),
+        layers=lambda phase: layers(result.matrices, phase),
+        heat_rows=heat_rows,
+        layer_lines=lambda row: layer_lines(row, result.matrices),
+        snr=snr,
+        row_snr=row_snr,
+        bar=bar,
+        caveats=caveats(result),
+        mismatches=mismatches(result.environment),
+    )
+
+
+def heat_rows(matrix: MatrixReport, values: Table) -> list[tuple[str, list[Heat]]]:
+    """The claimed config and the coloured cells of each row, on the log scale of this table."""
+    scaled = log_scale(np.array(values, dtype=np.float64))  # None becomes NaN
+    return [
+        (
+            name,
+            [
+                Heat(distance(value), None if value is None else float(heat), name == column)
+                for column, value, heat in zip(matrix.columns, line, heats, strict=True)
+            ],
+        )
+        for name, line, heats in zip(matrix.rows, values, scaled, strict=True)
+    ]
+
+
+def layer_lines(row: RowVerdict, matrices: tuple[MatrixReport, ...]) -> list[LayerLine]:
+    """One row's distances in noise floors, cell by cell, for the members in the order of ``row.scores``."""
+    found = {(each.phase, each.signal, each.layer): each for each in matrices if each.layer != POOLED}
+    noise = {(each.cell.phase, each.cell.signal, each.cell.layer): each.noise for each in row.noise}
+    members = [score.id for score in row.scores]
+    lines: list[tuple[tuple[Phase, str, str], list[float]]] = []
+    for key, matrix in found.items():
+        if row.config_id in matrix.rows and noise.get(key):
+            aggregate = dict(zip(matrix.columns, matrix.aggregate[matrix.rows.index(row.config_id)], strict=True))
+            values = [aggregate.get(name) for name in members]
+            in_floors = [np.nan if value is None else value / noise[key] for value in values]
+            lines.append(((key[0], SIGNAL_TITLES[key[1]], key[2]), in_floors))
+    if not lines:
+        return []
+    scaled = log_scale(np.array([values for _, values in lines]))
+    return [
+        LayerLine(
+            *key,
+            tuple(
+                Heat(
+                    "—" if np.isnan(value) else floors(value),
+                    None if np.isnan(heat) else float(heat),
+                    name == row.config_id,
+                )
+                for name, value, heat in zip(members, values, heats, strict=True)
+            ),
+        )
+        for (key, values), heats in zip(lines, scaled, strict=True)
+    ]
+
+
+def bar(row: RowVerdict, value: float | None) -> str:
+    """The length of a member's bar in percent, by log(1 + noise floors)."""
+    longest = max((score.floors or 0.0 for score in row.scores), default=0.0)
+    if not value:
+        return "0"
+    return f"{100 * np.log1p(value) / np.log1p(max(longest, 3.0)):.1f}"

@@ -1,0 +1,151 @@
+"""A verdict as a signed statement: an in-toto Statement about one bundle, in a DSSE envelope.
+
+To believe a verdict we must:
+ 0. bound its size                     1. parse the envelope only
+ 2. check a trusted key's signature    3. parse the signed bytes, strictly
+ 4. check statement and predicate type 5. check that subject and result name the same bundle
+Whether the result is the one that was asked for is the caller's question (see
+``fpforensics.verifier.auditor``).
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import msgspec
+
+from fpforensics.common import envelope as dsse
+from fpforensics.common.envelope import Envelope
+from fpforensics.common.errors import Error, EvidenceError, LimitError, shorten
+from fpforensics.common.evidence import PAYLOAD_TYPE, STATEMENT_TYPE, VERDICT_TYPE, Subject
+from fpforensics.common.keys import Keyring, PrivateKey, PublicKey
+from fpforensics.common.strict import Limits, decode_json
+from fpforensics.verifier.check import CheckResult
+
+MAX_PAYLOAD_BYTES = 5 << 20
+MAX_ENVELOPE_BYTES = 8 << 20  # base64 makes three bytes four
+_LIMITS = Limits(manifest_bytes=MAX_ENVELOPE_BYTES, string=16 * 1024)
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class VerdictPredicate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a verifier states. ``challenged``: the bundle answered this verifier's own fresh challenge, in time.
+
+    ``sequence`` counts one store's verdicts from 1 without gaps, so that a withheld one is noticed; 0 is a verdict that
+    is in no store.
+    """
+
+    verdict_id: str
+    sequence: int
+    issued_at: str
+    tool_version: str
+    challenged: bool
+    result: CheckResult
+
+
+class VerdictStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An in-toto v1 Statement; its one subject is the bundle."""
+
+    type_: str = msgspec.field(name="_type")
+    subject: tuple[Subject, ...]
+    predicate_type: str = msgspec.field(name="predicateType")
+    predicate: VerdictPredicate
+
+
+@dataclass(frozen=True)
+class VerifiedVerdict:
+    """A statement, the trusted key that signed it, and the exact bytes of its envelope (DSSE, JSON)."""
+
+    statement: VerdictStatement
+    signer: PublicKey
+    envelope: bytes
+
+    @property
+    def predicate(self) -> VerdictPredicate:
+        """What the verifier states."""
+        return self.statement.predicate
+
+
+def new_verdict_id() -> str:
+    """A name that no other verdict has."""
+    return secrets.token_hex(16)
+
+
+def sign_verdict(
+    result: CheckResult, key: PrivateKey, challenged: bool = False, *, sequence: int = 0, verdict_id: str = ""
+) -> Envelope:
+    """``result`` as a signed statement, with a new id unless one is given.
+
+    Raises :class:`LimitError` for a result that is too large, :class:`Error` for one that could not be read back.
+    """
+    statement = VerdictStatement(
+        type_=STATEMENT_TYPE,
+        subject=(Subject(name="bundle", digest={"sha256": result.bundle_digest.removeprefix("sha256:")}),),
+        predicate_type=VERDICT_TYPE,
+        predicate=VerdictPredicate(
+            verdict_id=verdict_id or new_verdict_id(),
+            sequence=sequence,
+            issued_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            tool_version=version("fpforensics"),
+            challenged=challenged,
+            result=result,
+        ),
+    )
+    payload = msgspec.json.encode(statement)
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise LimitError(f"a verdict of {len(payload)} bytes", "check fewer references, rows or configs at once")
+    # NaN would become null on the way: never sign what says something else when it is read.
+    if _parse(payload) != statement:
+        raise Error("the result changes when it is written and read", "it holds NaN, infinity or a foreign type")
+    return dsse.sign(payload, PAYLOAD_TYPE, key)
+
+
+def verify_verdict(envelope: Envelope, keyring: Keyring) -> VerdictStatement:
+    """The statement that a key in ``keyring`` signed.
+
+    Raises :class:`~fpforensics.common.errors.SignatureError` if none did, :class:`EvidenceError` if it is no verdict.
+    """
+    return _verified(envelope, keyring)[0]
+
+
+def open_verdict(data: bytes, keyring: Keyring) -> VerifiedVerdict:
+    """Like :func:`verify_verdict`, from an envelope's JSON; also says who signed."""
+    if len(data) > MAX_ENVELOPE_BYTES:
+        raise EvidenceError(f"a verdict of {len(data)} bytes", f"at most {MAX_ENVELOPE_BYTES} are read")
+    statement, signer = _verified(dsse.from_json(data, _LIMITS), keyring)
+    return VerifiedVerdict(statement, signer, data)
+
+
+def _verified(envelope: Envelope, keyring: Keyring) -> tuple[VerdictStatement, PublicKey]:
+    payload, signer = dsse.verify(envelope, keyring, PAYLOAD_TYPE)
+    return _parse(payload), signer
+
+
+def _parse(payload: bytes) -> VerdictStatement:
+    kind = decode_json(payload, _Kind, "statement", _LIMITS)
+    for name, found, expected in (
+        ("statement type", kind.type_, STATEMENT_TYPE),
+        ("predicate type", kind.predicate_type, VERDICT_TYPE),
+    ):
+        if found != expected:
+            raise EvidenceError(f"{name} {shorten(found)!r} where {expected!r} is expected", "is this a verdict?")
+    statement = decode_json(payload, VerdictStatement, "verdict", _LIMITS)
+    digests = [subject.digest for subject in statement.subject]
+    about = statement.predicate.result.bundle_digest
+    if not _DIGEST.fullmatch(about) or digests != [{"sha256": about.removeprefix("sha256:")}]:
+        raise EvidenceError(
+            f"a verdict whose subject is not the bundle of its result ({shorten(about, 64)!r})",
+            "do not rely on it; tell the verifier's operator",
+        )
+    return statement
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    """Enough of a statement to say what it is."""
+
+    type_: str = msgspec.field(name="_type")
+    predicate_type: str = msgspec.field(name="predicateType")
