@@ -60,9 +60,7 @@ def make_bundles(orders: Orders) -> None:
         _make_bundle(orders, lie, base, host, references)
 
 
-def _make_bundle(
-    orders: Orders, lie: Lie, base: ExecutionConfig, host: Host, references: Sequence[Reference]
-) -> None:
+def _make_bundle(orders: Orders, lie: Lie, base: ExecutionConfig, host: Host, references: Sequence[Reference]) -> None:
     ran, declared = parse_config(lie.ran, base), parse_config(lie.declared, base)
     with in_process(ran, host, lambda: False) as engine:
         traces = engine.generate(references, orders.sampling, orders.capture)

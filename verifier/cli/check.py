@@ -89,6 +89,8 @@ def check(
     plan = make_plan(claim, lineup, mode, row, using)
     host = make_host(device, python, env, model_paths)
     with open_bundle(bundle, Keyring.from_paths(keys), expected_nonce=nonce) as verified, progress_bar(quiet) as report:
+        # All of it before any replay: damaged evidence is not worth minutes of computing.
+        verified.verify_all()
         result = check_bundle(verified, plan, host, report)
     deliver(
         result, as_json=as_json, html=html, png=png, sign=sign, verdict_path=verdict_path, challenged=nonce is not None

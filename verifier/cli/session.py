@@ -90,6 +90,7 @@ def session(
             from fpforensics.verifier.check import check_bundle
 
             with open_bundle(output, keyring, expected_nonce=nonce) as bundle:
+                bundle.verify_all()
                 result = check_bundle(bundle, plan, host, report)
         else:
             from fpforensics.verifier.verdict import open_verdict
