@@ -5,7 +5,7 @@ Both are written ``key=value,key=value`` on the command line and in TOML, with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -134,11 +134,6 @@ def config_id(config: ExecutionConfig, base: ExecutionConfig | None = None) -> s
     return ",".join(differing) if differing else f"attn={config.attention},dtype={config.dtype}"
 
 
-def unique(configs: Iterable[ExecutionConfig]) -> list[ExecutionConfig]:
-    """``configs`` in order, each once."""
-    return list(dict.fromkeys(configs))
-
-
 def _parse_assignments(spec: str, what: str) -> dict[str, Any]:
     if len(spec) > MAX_SPEC_LENGTH:
         raise UsageError(f"{what} of {len(spec)} characters", f"at most {MAX_SPEC_LENGTH}")
@@ -159,7 +154,9 @@ def _parse_assignments(spec: str, what: str) -> dict[str, Any]:
 def _parse_value(field: str, key: str, value: str) -> str | int | bool:
     if field in _INTEGERS:
         if not value.isascii() or not value.isdigit() or not 1 <= int(value[:9]) <= _MAX_INTEGER:
-            raise UsageError(f"{key}={shorten(value)!r} is not a whole number from 1 to {_MAX_INTEGER}", f"e.g. {key}=2")
+            raise UsageError(
+                f"{key}={shorten(value)!r} is not a whole number from 1 to {_MAX_INTEGER}", f"e.g. {key}=2"
+            )
         return int(value)
     if field in ("compile", "concurrent_work"):
         if value.lower() not in _BOOLEANS:

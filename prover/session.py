@@ -6,6 +6,7 @@ Each config runs in its own worker process. Nothing is left behind unless the wh
 from __future__ import annotations
 
 import itertools
+import re
 import secrets
 import statistics
 import time
@@ -23,12 +24,14 @@ from fpforensics.common.config import ExecutionConfig, config_id
 from fpforensics.common.engines.base import Engine, EngineStarter, Host
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.environment import describe_environment
-from fpforensics.common.errors import CancelledError, NondeterminismError, UsageError
+from fpforensics.common.errors import CancelledError, NondeterminismError, UsageError, shorten
 from fpforensics.common.evidence import Evidence, Repetitions, Row
 from fpforensics.common.keys import PrivateKey
 from fpforensics.common.models import load_tokenizer, resolve_model
 from fpforensics.common.prompts import DEFAULT_INSTRUCTION, build_references, read_documents
+from fpforensics.common.sampling import check_sampling
 from fpforensics.common.signals import (
+    LAST,
     PHASES,
     CapturePlan,
     Divergence,
@@ -39,6 +42,7 @@ from fpforensics.common.signals import (
 )
 
 MAX_REPETITIONS = 100
+MAX_NONCE_DIGITS = 128
 
 
 class SessionPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +85,7 @@ def run_session(
     cancelled: Callable[[], bool] = lambda: False,
     start: EngineStarter = start_engine,
 ) -> str:
-    """Run ``plan`` and write the signed bundle to ``output``. Returns the SHA-256 (hex) of the bundle's manifest.
+    """Run ``plan`` and write the signed bundle to ``output``. Returns the bundle's digest (``sha256:<hex>`` of its manifest).
 
     Raises:
         UsageError: the plan does not fit together.
@@ -118,7 +122,7 @@ def run_session(
             session_id=secrets.token_hex(16),
             nonce=plan.nonce,
             tool_version=version("fpforensics"),
-            environment=describe_environment(),
+            environment=describe_environment(host.env),
             capture=plan.capture,
             sampling=plan.sampling,
             references=entries,
@@ -153,10 +157,21 @@ def _check_plan(plan: SessionPlan) -> None:
         raise UsageError(f"a session over several models: {', '.join(models)}", "run one session for each model")
     if not 1 <= plan.repetitions <= MAX_REPETITIONS:
         raise UsageError(f"{plan.repetitions} repetitions", f"from 1 to {MAX_REPETITIONS}; 3 is the default")
+    check_sampling(plan.sampling)
+    if not re.fullmatch(r"([0-9a-f]{2})*", plan.nonce) or len(plan.nonce) > MAX_NONCE_DIGITS:
+        raise UsageError(f"nonce {shorten(plan.nonce)!r}", f"an even number of hex digits, at most {MAX_NONCE_DIGITS}")
+    layers = plan.capture.layers
+    for layer in layers:
+        if layer != LAST and not re.fullmatch(r"[1-9][0-9]{0,3}", layer):
+            raise UsageError(f"layer {shorten(layer)!r}", f"a block number from 1, or {LAST!r}")
+    if len(set(layers)) < len(layers):
+        raise UsageError(f"layers {','.join(layers)} name one twice", "give each once")
     for name, value in (
         ("references", plan.references),
         ("prompt tokens", plan.prompt_tokens),
-        ("new tokens", plan.sampling.max_new_tokens),
+        ("top-k", plan.capture.top_k),
+        ("prefill positions + 1", plan.capture.prefill_positions + 1),
+        ("decode positions + 1", plan.capture.decode_positions + 1),
     ):
         if value < 1:
             raise UsageError(f"{value} {name}", "give at least 1")

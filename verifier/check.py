@@ -6,6 +6,7 @@ The bundle is trusted to be what its signer signed, and nothing more: models, li
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from fpforensics.common.config import (
 from fpforensics.common.engines.base import EngineFacts, EngineStarter, Host, ReplayMode
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.environment import Environment, describe_environment
-from fpforensics.common.errors import UnknownModelError, UsageError, did_you_mean, shorten
+from fpforensics.common.errors import LimitError, UnknownModelError, UsageError, did_you_mean, shorten
 from fpforensics.common.evidence import Row
 from fpforensics.common.models import resolve_model, vocab_size, weights_digest
 from fpforensics.common.signals import Trace
@@ -38,18 +39,34 @@ from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrices, kernel_classes
 from fpforensics.verifier.replay import Member, MemberReplay, Report, anchor_of, fingerprint, run_lineup
 
+# Quantized formats with products of their own, which no other path replaces.
+OWN_MATMUL = ("bnb-int8", "awq", "gptq")
 # What the default lineup sets against the claimed config: one change each, skipped with its reason where it cannot run.
 ALTERNATIVES = (
     "attn=eager",
     "attn=sdpa",
     "dtype=bf16",
+    "dtype=fp16",
     "dtype=fp32",
     "quant=none",
     "quant=bnb-nf4",
     "quant=bnb-int8",
+    "quant=torchao-int8",
+    "quant=torchao-int4",
 )
+# What contradicts a claim about another field; the first that is not what is claimed.
+COUNTER_VALUES: Mapping[str, tuple[str, ...]] = {
+    "batch_size": ("batch=1", "batch=2"),
+    "compile": ("compile=false", "compile=true"),
+    "matmul": ("matmul=native", "matmul=fp32-rounded"),
+    "tensor_parallel": ("tp=1", "tp=2"),
+    "expert_parallel": ("ep=1", "ep=2"),
+    "concurrent_work": ("concurrent=false", "concurrent=true"),
+}
 ANCHOR_PREFIX = "anchor:"
 MAX_LINEUP = 64
+MAX_REPLAYED_TOKENS = 1 << 28
+"""Tokens, over references, rows, batch and lineup, that one check may be made to compute."""
 
 
 class CheckPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +123,7 @@ class _Checked:
     claim: Claim
     config: ExecutionConfig
     label: str
-    anchor: ExecutionConfig
+    anchor: ExecutionConfig | None
 
 
 def check_bundle(
@@ -128,7 +145,9 @@ def check_bundle(
     for each in checked:
         _require_known_model(each, plan, host)
     members, rows = _plan_replays(checked, plan)
-    verifier_environment = describe_environment()
+    _require_bounded(bundle, members, rows)
+    members = _pinned(members, host)
+    verifier_environment = describe_environment(host.env)
     collected = _Collector(bundle, checked)
     for replay in run_lineup(bundle, members, rows, plan.mode, host, report, cancelled, start):
         collected.add(replay)
@@ -141,6 +160,7 @@ def check_bundle(
             members=collected.members_of(each),
             noise=collected.noise_floor(each),
             kernel_classes=classes,
+            identity_only=each.claim.assertions.keys() <= {"model"},
         )
         for each in checked
     )
@@ -178,23 +198,36 @@ def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[_Checked]:
             raise UsageError(f"no row {shorten(plan.row)!r} in the bundle", did_you_mean(plan.row, known))
         rows = [known[plan.row]]
     claim = parse_claim(plan.claim) if plan.claim else None
+    for spec in (plan.claim, *plan.lineup):
+        for field in ("weights_digest", "revision"):
+            if spec and field in parse_claim(spec).assertions:
+                raise UsageError(
+                    f"{shorten(spec)!r} names {field.replace('_digest', '')}", "the verifier compares digests by itself"
+                )
     if claim is not None and not plan.row:
         rows = [row for row in rows if claim.holds_for(row.config)] or rows
-    taken: set[str] = set()
-    checked = []
-    naming: ExecutionConfig | None = None
+    checked: list[_Checked] = []
     for row in rows:
         own = claim or claim_of(row.config)
-        config = own.applied_to(_without_identity(row.config))
-        naming = naming or _naming_base(config, row.config.model)
-        label = name = config_id(config, naming)
-        count = 1
-        while label in taken:
-            count += 1
-            label = f"{name}#{count}"
-        taken.add(label)
+        config = _runnable(own.applied_to(_without_identity(row.config)), own)
+        base = _naming_base(checked[0].config if checked else config, row.config.model)
+        label = config_id(config, base)
+        for other in checked:
+            if other.label == label:
+                raise UsageError(
+                    f"rows {shorten(other.row.config_id)!r} and {shorten(row.config_id)!r} are one config under this claim",
+                    "check one of them: --row ID",
+                )
         checked.append(_Checked(row, own, config, label, anchor_of(config)))
     return checked
+
+
+def _runnable(config: ExecutionConfig, claim: Claim | None = None) -> ExecutionConfig:
+    """``config`` with native products where rounded ones do not combine with it, unless they are what is claimed."""
+    alone = config.dtype in ("fp32", "fp64") or config.quantization in OWN_MATMUL
+    if config.matmul == "native" or not alone or (claim is not None and "matmul" in claim.assertions):
+        return config
+    return msgspec.structs.replace(config, matmul="native")
 
 
 def _naming_base(claimed: ExecutionConfig, model: str) -> ExecutionConfig:
@@ -203,7 +236,8 @@ def _naming_base(claimed: ExecutionConfig, model: str) -> ExecutionConfig:
 
 
 def _without_identity(config: ExecutionConfig) -> ExecutionConfig:
-    return msgspec.structs.replace(config, weights_digest="")
+    """The weights are compared by digest; which revision is fetched is this verifier's own choice."""
+    return msgspec.structs.replace(config, weights_digest="", revision="")
 
 
 def _require_known_model(each: _Checked, plan: CheckPlan, host: Host) -> None:
@@ -217,7 +251,7 @@ def _require_known_model(each: _Checked, plan: CheckPlan, host: Host) -> None:
             )
     if each.config.model != each.row.config.model:
         return
-    checkpoint = resolve_model(each.config.model, each.config.revision, host.models)
+    checkpoint = resolve_model(each.config.model, models=host.models)
     held, stated = weights_digest(checkpoint.path), each.row.facts.model.weights_digest
     if each.row.facts.model.vocab_size != vocab_size(checkpoint.path):
         raise UnknownModelError(
@@ -237,34 +271,72 @@ def _plan_replays(checked: Sequence[_Checked], plan: CheckPlan) -> tuple[list[Me
     """The lineup (claimed, declared and alternative configs) and the anchors, with the rows that each replays."""
     rows = [each.row for each in checked]
     base = _naming_base(checked[0].config, rows[0].config.model)
-    asked = [parse_config(spec, checked[0].config) for spec in plan.lineup]
-    own = [each.config for each in checked] + [_without_identity(row.config) for row in rows]
-    offered = [] if plan.lineup else [parse_config(spec, checked[0].config) for spec in ALTERNATIVES]
+    first = checked[0].config
+    asked = [_runnable(parse_config(spec, first)) for spec in plan.lineup]
+    claimed = [each.config for each in checked]
+    declared = [_without_identity(row.config) for row in rows]
+    offered = [] if plan.lineup else [_runnable(config) for config in _alternatives(first, plan)]
     members: dict[ExecutionConfig, Member] = {}
-    for config in (*own, *asked, *offered):
-        optional = config not in own and config not in asked
+    for config in (*claimed, *declared, *asked, *offered):
+        optional = config not in claimed and config not in asked
         members.setdefault(config, Member(config_id(config, base), config, _run_as(config, plan.using), optional))
     if len(members) > MAX_LINEUP:
         raise UsageError(f"a lineup of {len(members)} configs", f"at most {MAX_LINEUP}")
     replayed: dict[str, Sequence[Row]] = {member.id: rows for member in members.values()}
-    anchors: dict[ExecutionConfig, list[Row]] = {}
-    for each in checked:
-        anchors.setdefault(each.anchor, []).append(each.row)
-    for anchor, anchored in anchors.items():
+    for anchor in dict.fromkeys(each.anchor for each in checked):
+        if anchor is None:
+            continue
         if anchor in members:
             members[anchor] = dataclasses.replace(members[anchor], optional=False)
         else:
             members[anchor] = Member(ANCHOR_PREFIX + config_id(anchor, base), anchor, anchor)
-            replayed[members[anchor].id] = anchored
+            replayed[members[anchor].id] = [each.row for each in checked if each.anchor == anchor]
     return list(members.values()), replayed
 
 
+def _alternatives(first: ExecutionConfig, plan: CheckPlan) -> list[ExecutionConfig]:
+    """The default lineup: one change each, and one that contradicts each other field that the claim asserts."""
+    configs = [parse_config(spec, first) for spec in ALTERNATIVES]
+    for field in parse_claim(plan.claim).assertions if plan.claim else ():
+        values = [parse_config(spec, first) for spec in COUNTER_VALUES.get(field, ())]
+        configs += [config for config in values if config != first][:1]
+    return configs
+
+
+def _require_bounded(bundle: VerifiedBundle, members: Sequence[Member], rows: Mapping[str, Sequence[Row]]) -> None:
+    """A bundle must not choose how long a verifier computes."""
+    prompts = {entry.id: math.prod(entry.prompt_ids.shape) for entry in bundle.evidence.references}
+    tokens = sum(
+        member.config.batch_size * (prompts[trace.reference_id] + math.prod(trace.output_ids.shape))
+        for member in members
+        for row in rows[member.id]
+        for trace in row.traces
+    )
+    if tokens > MAX_REPLAYED_TOKENS:
+        raise LimitError(f"replays of {tokens} tokens in all", f"at most {MAX_REPLAYED_TOKENS}: fewer rows or configs")
+
+
+def _pinned(members: Sequence[Member], host: Host) -> list[Member]:
+    """Members whose workers refuse any weights but those that are on disk now."""
+    models = {member.runs_as.model for member in members}
+    held = {model: weights_digest(resolve_model(model, models=host.models).path) for model in models}
+    return [
+        dataclasses.replace(
+            member, runs_as=msgspec.structs.replace(member.runs_as, weights_digest=held[member.runs_as.model])
+        )
+        for member in members
+    ]
+
+
 def _run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
-    """``config`` with the verifier's own execution options, where they combine with its quantization and dtype."""
+    """``config`` by the verifier's own path of products (``matmul``), where that combines with it."""
+    assertions = parse_claim(using).assertions if using else {}
+    if assertions.keys() - {"matmul"}:
+        raise UsageError(
+            f"--using {shorten(using)!r}", "only the path of products: matmul=native or matmul=fp32-rounded"
+        )
     wanted = parse_config(using, config)
-    if config.quantization != "none" or config.dtype in ("fp32", "fp64"):
-        wanted = msgspec.structs.replace(wanted, matmul=config.matmul)
-    return wanted
+    return config if _runnable(wanted) != wanted else wanted
 
 
 class _Collector:
@@ -295,18 +367,18 @@ class _Collector:
         )
         if replay.skipped:
             return
-        needed = {config for each in self._checked for config in (each.config, each.anchor)}
+        needed = {config for each in self._checked for config in (each.config, each.anchor) if config}
         for each in self._checked:
             traces = replay.traces.get(each.row.config_id)
             if traces is None:
                 continue
             if member.config in needed:
                 self._kept[member.config, each.label] = traces
-            if member.id.startswith(ANCHOR_PREFIX):
-                continue
-            self._measure(each, member, traces)
+            # An anchor that contradicts the claim is a member like any other, for the row that it anchors.
+            if not member.id.startswith(ANCHOR_PREFIX) or not each.claim.holds_for(member.config):
+                self._measure(each, member, traces)
+        self._configs[member.id] = member.config
         if not member.id.startswith(ANCHOR_PREFIX):
-            self._configs[member.id] = member.config
             self._fingerprints[member.id] = tuple(
                 fingerprint(replay.traces[each.row.config_id]) for each in self._checked
             )
@@ -330,11 +402,15 @@ class _Collector:
         return [
             decision.Member(id=name, fits=each.claim.holds_for(config), per_reference=self._distances[each.label, name])
             for name, config in self._configs.items()
+            if (each.label, name) in self._distances
         ]
 
     def noise_floor(self, each: _Checked) -> dict[Cell, float]:
         """Per cell, the distance between the claimed config's replay and its anchor's, mean over references."""
         totals: dict[Cell, list[float]] = {}
+        if each.anchor is None:  # a floor of 0 is no floor: only equality can decide then
+            (cells, *_) = self._distances[each.label, each.label].values()
+            return dict.fromkeys(cells, 0.0)
         pairs = zip(self._kept[each.config, each.label], self._kept[each.anchor, each.label], strict=True)
         for claimed, anchor in pairs:
             for cell, distance in trace_distances(claimed, anchor).items():

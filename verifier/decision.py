@@ -11,12 +11,15 @@ In order:
 
  1. A fitting member is bit-identical: CONSISTENT, or INCONCLUSIVE if a contradicting one is too.
  2. Only a contradicting member is bit-identical: INCONSISTENT.
- 3. D_in is more than 3 noise floors: INCONSISTENT, rounding does not explain the distance.
- 4. Nothing in the lineup contradicts the claim: CONSISTENT, resting on the noise floor alone.
+ 3. The claimed config itself, which is the row's declaration with the claim applied, is more than 2 noise floors away:
+    INCONSISTENT, rounding does not explain the distance. That another config fits the words of the claim is no excuse.
+ 4. Nothing in the lineup contradicts the claim: INCONCLUSIVE, unless it is about identity alone (which model): no config can
+    contradict that, and CONSISTENT rests on the noise floor.
  5. D_in / D_out is more than 3: INCONSISTENT, a contradicting member fits better.
  6. D_out / D_in is more than 3: CONSISTENT.
  7. Otherwise INCONCLUSIVE, naming the contradicting members that are not told apart.
 
+Rule 4 comes before a CONSISTENT of rule 1 too: equality with one config says nothing about a config that was not replayed.
 Without a usable noise floor only rules 1 and 2 can decide.
 """
 
@@ -39,8 +42,8 @@ from fpforensics.verifier.matrix import Classes, Ratio, labels, ratio
 
 Verdict = Literal["CONSISTENT", "INCONSISTENT", "INCONCLUSIVE"]
 
-MAX_FLOORS = 3.0
-"""Noise floors from the claimed config that rounding may explain; honest evidence measured 0 to 1.16."""
+MAX_FLOORS = 2.0
+"""Noise floors from the claimed config that rounding may explain: honest evidence measured 0 to 1.16, int8 weights 2.2."""
 MIN_RATIO = 3.0
 """How many times nearer than another a member must be to be told apart: the published scale's lowest step."""
 
@@ -126,9 +129,11 @@ def decide_row(
     members: Sequence[Member],
     noise: Mapping[Cell, float],
     kernel_classes: Classes = (),
+    identity_only: bool = False,
 ) -> RowVerdict:
-    """Apply the rule to one row.
+    """Apply the rule to one row. ``config_id`` is the id of the claimed config's member.
 
+    ``identity_only``: the claim is about which model it is, and nothing else.
     ``noise`` must hold every cell that the members hold. Raises :class:`UsageError` if no member fits the
     claim, :class:`ReplayError` for a value that is not finite and at least 0, and :class:`Error` if members
     hold different cells.
@@ -140,7 +145,8 @@ def decide_row(
     contradicting = [score for score in scores if not score.fits]
     d_in = fitting[0].floors
     snr = ratio(contradicting[0].floors, d_in) if contradicting else Ratio()
-    verdict, reasons = _decide(fitting, contradicting)
+    claimed = next((score for score in fitting if score.id == config_id), fitting[0])
+    verdict, reasons = _decide(claimed, fitting, contradicting, identity_only)
     unused = [cell for cell in sorted(noise) if cell not in used]
     if unused and used:
         reasons += (f"left out, having no noise floor: {', '.join(map(str, unused))}",)
@@ -174,7 +180,9 @@ def combine_rows(rows: Iterable[RowVerdict]) -> Verdict:
     return next(verdict for verdict in order if verdict in verdicts)
 
 
-def _decide(fitting: list[MemberScore], contradicting: list[MemberScore]) -> tuple[Verdict, tuple[str, ...]]:
+def _decide(
+    claimed: MemberScore, fitting: list[MemberScore], contradicting: list[MemberScore], identity_only: bool
+) -> tuple[Verdict, tuple[str, ...]]:
     """Both lists best first, ``fitting`` not empty. The numbers are those of the module's docstring."""
     equal_in = [score.id for score in fitting if score.bit_identical]
     equal_out = [score.id for score in contradicting if score.bit_identical]
@@ -184,26 +192,30 @@ def _decide(fitting: list[MemberScore], contradicting: list[MemberScore]) -> tup
             f"bit-identical to {_list(equal_in)}, for which the claim holds, and to {_list(equal_out)}, "
             "which contradict it: one kernel class on this machine, nothing can tell them apart",
         )
-    if equal_in:
+    unopposed = "no member of the lineup contradicts the claim"
+    if equal_in and (contradicting or identity_only):
         return "CONSISTENT", (f"bit-identical to {_list(equal_in)}",)
+    if equal_in:
+        return "INCONCLUSIVE", (f"bit-identical to {_list(equal_in)}, but {unopposed}: add one that does",)
     # 2.
     if equal_out:
         return "INCONSISTENT", (f"bit-identical to {_list(equal_out)}, which contradict the claim",)
     d_in = fitting[0].floors
-    if d_in is None:
+    if d_in is None or claimed.floors is None:
         return "INCONCLUSIVE", ("no cell has a noise floor to measure the distance by",)
     # 3.
-    if d_in > MAX_FLOORS:
+    if claimed.floors > MAX_FLOORS:
         return "INCONSISTENT", (
-            f"further from the claimed config than rounding explains: {_number(d_in)} noise floors, "
+            f"further from the claimed config than rounding explains: {_number(claimed.floors)} noise floors, "
             f"limit {MAX_FLOORS:g}",
-            *_better(fitting[0], contradicting),
+            *_better(claimed, contradicting),
         )
     resting = f"{_number(d_in)} noise floors from {fitting[0].id}, within the limit of {MAX_FLOORS:g}"
     # 4.
     if not contradicting:
-        alone = "no member of the lineup contradicts the claim: this rests on the noise floor alone"
-        return "CONSISTENT", (resting, alone)
+        if identity_only:
+            return "CONSISTENT", (resting, f"{unopposed}: this rests on the noise floor alone")
+        return "INCONCLUSIVE", (resting, f"{unopposed}: add one that does")
     best = contradicting[0]
     # 5.
     if ratio(d_in, best.floors).exceeds(MIN_RATIO):

@@ -7,7 +7,7 @@ it infinite, which is a flag and never a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -18,9 +18,6 @@ import numpy as np
 from fpforensics.common.errors import Error, ReplayError, shorten
 from fpforensics.common.signals import PHASES, SIGNALS, Phase, Signal
 from fpforensics.verifier.distance import POOLED, Cell, Floats, with_pooled
-
-EQUAL_BELOW = 1e-9
-"""Replays nearer than this are one kernel class (the published tolerance)."""
 
 Classes = Sequence[Collection[str]]
 Table = tuple[tuple[float | None, ...], ...]
@@ -237,11 +234,6 @@ def build_matrices(measurements: Iterable[Measurement]) -> tuple[DistanceMatrix,
             values[at] = distance
         matrices.append(DistanceMatrix(cell, tuple(rows), tuple(columns), tuple(references), values))
     return tuple(matrices)
-
-
-def equivalent_pairs(between: Mapping[tuple[str, str], Mapping[Cell, float]]) -> tuple[tuple[str, str], ...]:
-    """The pairs of configs whose replays differ in no cell: every distance below :data:`EQUAL_BELOW`."""
-    return tuple(pair for pair, cells in between.items() if cells and max(cells.values()) < EQUAL_BELOW)
 
 
 def kernel_classes(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], ...]:

@@ -50,16 +50,15 @@ class MemberReplay:
     skipped: str = ""
 
 
-def anchor_of(config: ExecutionConfig) -> ExecutionConfig:
+def anchor_of(config: ExecutionConfig) -> ExecutionConfig | None:
     """The claimed config in a wider dtype, by the plainest path: same weights and quantization, little rounding.
 
-    Raises :class:`UsageError` for float64, which has nothing wider to be measured against.
+    None where nothing wider can be computed: for float64, and for quantized weights in float32.
     """
-    if config.dtype not in WIDER:
-        raise UsageError(f"no anchor is wider than dtype={config.dtype}", "claim bf16, fp16 or fp32")
+    if config.dtype not in WIDER or (config.dtype == "fp32" and config.quantization != "none"):
+        return None
     return ExecutionConfig(
         model=config.model,
-        revision=config.revision,
         backend=config.backend,
         dtype=WIDER[config.dtype],  # type: ignore[arg-type]
         quantization=config.quantization,
@@ -139,10 +138,16 @@ def _replay_member(
 
 
 def _held_layers(capture: CapturePlan, rows: Sequence[Row]) -> CapturePlan:
-    """The plan as the evidence holds it: layers beyond a model's depth were left out at capture."""
-    held = {name.partition("/")[2] for row in rows for entry in row.traces for name in entry.prefill if "/" in name}
+    """What distances need of the plan: layers beyond a model's depth were left out at capture, whole logits are not compared."""
+    held = {
+        name.partition("/")[2]
+        for row in rows
+        for entry in row.traces
+        for name in (*entry.prefill, *entry.decode)
+        if "/" in name
+    }
     layers = tuple(layer for layer in capture.layers if layer in held)
-    return msgspec.structs.replace(capture, layers=layers)
+    return msgspec.structs.replace(capture, layers=layers, full_logits=False)
 
 
 def _relay(report: Report, name: str, before: int, total: int) -> Callable[[int], None]:

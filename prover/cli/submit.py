@@ -9,7 +9,14 @@ import click
 
 from fpforensics.common.cli import progress_bar, quiet_option
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
-from fpforensics.verifier.cli.check import claim_options, deliver_signed, make_plan, output_options
+from fpforensics.verifier.cli.check import (
+    claim_options,
+    deliver_signed,
+    make_plan,
+    output_options,
+    require_answer,
+    require_outputs,
+)
 
 
 @click.command()
@@ -41,13 +48,17 @@ def submit(
     \b
     prover submit bundle.msgpack --server 127.0.0.1:7342 --server-key verifier.key.pub --claim quant=none
     """
+    from fpforensics.common.inspect import summarize
     from fpforensics.common.keys import Keyring
     from fpforensics.verifier.client import VerifierClient
     from fpforensics.verifier.verdict import open_verdict
 
     plan = make_plan(claim, lineup, mode, row, using)
     keyring = Keyring.from_paths(server_keys)
+    require_outputs(html, png, verdict_path)
+    digest = summarize(bundle, None, header_only=True).digest
     with VerifierClient(server, make_access(access)) as client, progress_bar(quiet) as report:
-        submitted = client.submit_bundle(bundle, report)
-        verdict = open_verdict(client.check(submitted.bundle_digest, plan, report), keyring)
-    deliver_signed(verdict, submitted.bundle_digest, as_json=as_json, html=html, png=png, verdict_path=verdict_path)
+        client.submit_bundle(bundle, report)
+        verdict = open_verdict(client.check(digest, plan, report), keyring)
+    require_answer(verdict, digest, plan)
+    deliver_signed(verdict, as_json=as_json, html=html, png=png, verdict_path=verdict_path)

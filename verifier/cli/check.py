@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fpforensics.common.cli import host_options, make_host, progress_bar, quiet_option
+from fpforensics.common.errors import shorten
 
 if TYPE_CHECKING:
     from fpforensics.verifier.check import CheckPlan, CheckResult
     from fpforensics.verifier.verdict import VerifiedVerdict
 
 F = TypeVar("F", bound=Callable[..., Any])
+MIN_NONCE_DIGITS = 32
 EXIT_CODES = {"CONSISTENT": 0, "INCONSISTENT": 1, "INCONCLUSIVE": 3}
 
 
@@ -82,19 +85,23 @@ def check(
     verifier check bundle.msgpack --key prover.key.pub --claim quant=none
     verifier check bundle.msgpack --key keys/ --claim attn=sdpa --lineup attn=eager --html report.html
     """
+    from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring
     from fpforensics.verifier.check import check_bundle
     from fpforensics.verifier.intake import open_bundle
 
     plan = make_plan(claim, lineup, mode, row, using)
+    require_outputs(html, png, verdict_path)
+    if nonce is not None and len(nonce) < MIN_NONCE_DIGITS:
+        raise UsageError(f"nonce {shorten(nonce)!r}", f"a challenge has at least {MIN_NONCE_DIGITS} hex digits")
+    if (sign is None) != (verdict_path is None):
+        raise UsageError("--sign and --verdict go together", "give the signing key and the file to write")
     host = make_host(device, python, env, model_paths)
     with open_bundle(bundle, Keyring.from_paths(keys), expected_nonce=nonce) as verified, progress_bar(quiet) as report:
         # All of it before any replay: damaged evidence is not worth minutes of computing.
-        verified.verify_all()
+        verified.verify_all(lambda done, total: report("checking digests", done, total))
         result = check_bundle(verified, plan, host, report)
-    deliver(
-        result, as_json=as_json, html=html, png=png, sign=sign, verdict_path=verdict_path, challenged=nonce is not None
-    )
+    deliver(result, as_json=as_json, html=html, png=png, sign=sign, verdict_path=verdict_path)
 
 
 def make_plan(claim: str, lineup: tuple[str, ...], mode: str, row: str, using: str) -> CheckPlan:
@@ -117,43 +124,54 @@ def deliver(
     png: Path | None,
     sign: Path | None,
     verdict_path: Path | None,
-    challenged: bool,
+    challenged: bool = False,
 ) -> None:
     """Sign and write what was asked for, print the result and leave with the verdict's exit code."""
     from fpforensics.common import envelope
-    from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import load_private
     from fpforensics.verifier.verdict import sign_verdict
 
-    if (sign is None) != (verdict_path is None):
-        raise UsageError("--sign and --verdict go together", "give the signing key and the file to write")
     if sign is not None and verdict_path is not None:
         verdict_path.write_bytes(envelope.to_json(sign_verdict(result, load_private(sign), challenged)))
     _show(result, as_json, html, png)
 
 
-def deliver_signed(
-    verdict: VerifiedVerdict,
-    bundle_digest: str,
-    *,
-    as_json: bool,
-    html: Path | None,
-    png: Path | None,
-    verdict_path: Path | None,
-) -> None:
-    """The same for a verdict that a server signed, whose signature was checked. Raises :class:`EvidenceError` if it is
-    about another bundle."""
+def require_outputs(*paths: Path | None) -> None:
+    """Raise :class:`UsageError` for a file that could not be written: before the work, not after it."""
+    from fpforensics.common.errors import UsageError
+
+    for path in paths:
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise UsageError(f"cannot write {path}", "name a file in a folder that exists")
+
+
+def require_answer(verdict: VerifiedVerdict, bundle_digest: str, plan: CheckPlan) -> None:
+    """Raise :class:`EvidenceError` unless a server's signed verdict is about this bundle and this question.
+
+    A verdict is signed for ever; one about something else, however true, is no answer.
+    """
     from fpforensics.common.errors import EvidenceError
 
     result = verdict.predicate.result
-    if result.bundle_digest != bundle_digest:
-        raise EvidenceError(
-            f"the server's verdict is about bundle {result.bundle_digest[:24]}…, not the one submitted",
-            "do not rely on it",
-        )
+    for what, said, asked in (
+        ("bundle", result.bundle_digest, bundle_digest),
+        ("claim", result.claim, plan.claim),
+        ("replay mode", result.mode, plan.mode),
+    ):
+        if said != asked:
+            raise EvidenceError(
+                f"the server's verdict is about {what} {shorten(said)!r}, asked was {shorten(asked)!r}",
+                "do not rely on it",
+            )
+
+
+def deliver_signed(
+    verdict: VerifiedVerdict, *, as_json: bool, html: Path | None, png: Path | None, verdict_path: Path | None
+) -> None:
+    """The same for a verdict that a server signed, after :func:`require_answer`."""
     if verdict_path is not None:
         verdict_path.write_bytes(verdict.envelope)
-    _show(result, as_json, html, png)
+    _show(verdict.predicate.result, as_json, html, png)
 
 
 def _show(result: CheckResult, as_json: bool, html: Path | None, png: Path | None) -> None:

@@ -10,7 +10,15 @@ import click
 from fpforensics.common.cli import host_options, make_host, progress_bar, quiet_option
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
 from fpforensics.prover.cli.plan import PlanOptions, make_session_plan, plan_options
-from fpforensics.verifier.cli.check import claim_options, deliver, deliver_signed, make_plan, output_options
+from fpforensics.verifier.cli.check import (
+    claim_options,
+    deliver,
+    deliver_signed,
+    make_plan,
+    output_options,
+    require_answer,
+    require_outputs,
+)
 
 
 class SessionOptions(PlanOptions, AccessOptions):
@@ -67,8 +75,11 @@ def session(
     from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring
     from fpforensics.prover.client import ProverClient
+    from fpforensics.verifier.answer import require_as_asked
+    from fpforensics.verifier.check import check_bundle
     from fpforensics.verifier.client import VerifierClient
     from fpforensics.verifier.intake import open_bundle
+    from fpforensics.verifier.verdict import open_verdict
 
     plan = make_plan(claim, lineup, mode, row, using)
     keyring, server_keyring = Keyring.from_paths(keys), Keyring.from_paths(server_keys)
@@ -83,27 +94,31 @@ def session(
         )
     )
     host = make_host(device, python, env, model_paths)
+    require_outputs(output, html, png, verdict_path)
+    if server and plan.using:
+        raise UsageError("--using with --server", "the server's operator chooses how replays run")
+    if not server and (sign is None) != (verdict_path is None):
+        raise UsageError("--sign and --verdict go together", "give the signing key and the file to write")
     with progress_bar(quiet) as report, ProverClient(prover, access) as proving:
         if not server:
-            nonce = secrets.token_hex(32)
-            proving.run_session(make_session_plan(options, nonce), output, report=report)
-            from fpforensics.verifier.check import check_bundle
-
-            with open_bundle(output, keyring, expected_nonce=nonce) as bundle:
+            asked = make_session_plan(options, secrets.token_hex(32))
+            proving.run_session(asked, output, report=report)
+            with open_bundle(output, keyring, expected_nonce=asked.nonce) as bundle:
                 bundle.verify_all()
+                require_as_asked(bundle, asked)
                 result = check_bundle(bundle, plan, host, report)
         else:
-            from fpforensics.verifier.verdict import open_verdict
-
             with VerifierClient(server, access) as verifying:
-                nonce = verifying.request_nonce()
-                proving.run_session(make_session_plan(options, nonce), output, report=report)
+                asked = make_session_plan(options, verifying.request_nonce())
+                proving.run_session(asked, output, report=report)
                 # Ours to look at before it is passed on: a bundle that we would refuse is not worth a server's time.
-                with open_bundle(output, keyring, expected_nonce=nonce):
-                    pass
-                submitted = verifying.submit_bundle(output, report)
-                verdict = open_verdict(verifying.check(submitted.bundle_digest, plan, report), server_keyring)
+                with open_bundle(output, keyring, expected_nonce=asked.nonce) as bundle:
+                    require_as_asked(bundle, asked)
+                    digest = bundle.digest
+                verifying.submit_bundle(output, report)
+                verdict = open_verdict(verifying.check(digest, plan, report), server_keyring)
+            require_answer(verdict, digest, plan)
     if server:
-        deliver_signed(verdict, submitted.bundle_digest, as_json=as_json, html=html, png=png, verdict_path=verdict_path)
+        deliver_signed(verdict, as_json=as_json, html=html, png=png, verdict_path=verdict_path)
     else:
         deliver(result, as_json=as_json, html=html, png=png, sign=sign, verdict_path=verdict_path, challenged=True)

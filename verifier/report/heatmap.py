@@ -69,7 +69,7 @@ def _draw(axis: Any, matrix: MatrixReport, *, first: bool, lowest: bool) -> None
     values = np.array(matrix.aggregate, dtype=np.float64)  # None becomes NaN
     heat = log_scale(values)
     colours = LinearSegmentedColormap.from_list("distance", _COLOURS).with_extremes(bad="#ffffff")
-    axis.imshow(np.ma.masked_invalid(heat), cmap=colours, vmin=0.0, vmax=1.0, aspect="auto")
+    axis.imshow(heat, cmap=colours, vmin=0.0, vmax=1.0, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         own = matrix.rows[row] == matrix.columns[column]
         ink = "white" if heat[row, column] > 0.55 else _INK

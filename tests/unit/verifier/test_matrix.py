@@ -17,7 +17,6 @@ from fpforensics.verifier.matrix import (
     Measurement,
     Ratio,
     build_matrices,
-    equivalent_pairs,
     kernel_classes,
     labels,
     ratio,
@@ -238,16 +237,6 @@ def test_labels_change_just_above_each_bound() -> None:
     assert labels(ratio(0.0, 0.0))[0] == "NOT RELIABLY DETECTABLE"
     assert ratio(1e-300, 5e-324) == Ratio(infinite=False, value=1e-300 / 5e-324)
     assert ratio(1e300, 5e-324) == Ratio(infinite=True)
-
-
-def test_equivalent_means_no_cell_differs() -> None:
-    cell, other = Cell("decode", "logprobs"), Cell("prefill", "logprobs")
-    between = {
-        ("a", "b"): {cell: 0.0, other: 9e-10},
-        ("a", "c"): {cell: 0.0, other: 1e-9},
-        ("a", "d"): {},
-    }
-    assert equivalent_pairs(between) == (("a", "b"),)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")), max_size=8))
