@@ -1,7 +1,7 @@
 """The main job for real: two provers' claims, a verifier and an auditor, as separate processes over gRPC.
 
 A prover on other kernels than the verifier's generates with SmolLM2-135M-Instruct. One claim is honest and one is not: the second
-run used 4-bit weights and says it did not. The verifier replays both; an auditor, who holds only the verifier's public key, reads
+run used 4-bit weights, and its provider claims that it did not. The verifier replays both; an auditor, who holds only the verifier's public key, reads
 the verdicts. Leaves bundles, verdicts, a heat map and an HTML page in demo-out/.
 """
 
