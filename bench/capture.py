@@ -46,9 +46,12 @@ def main() -> None:
 
     from fpforensics.common.engines.transformers_loop import Runner
     from fpforensics.common.engines.transformers_matmul import round_products
+    from fpforensics.common.engines.transformers_tensor_parallel import split_products
 
     device = choose_device(options.device, config)
     model = load_model(config, checkpoint.path, device)
+    if config.emulate_tensor_parallel > 1:
+        split_products(model, config.emulate_tensor_parallel)
     if config.matmul == "fp32-rounded":
         round_products(model, compute_dtype(config))
     runner = Runner(model, config, device)

@@ -36,6 +36,8 @@ class ExecutionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     ``weights_digest`` is ``sha256:<hex>`` over the tensors as stored on disk, and empty until an engine has loaded them.
     ``matmul="fp32-rounded"`` computes each weight product in float32 and rounds it to ``dtype``.
+    ``emulate_tensor_parallel=N`` runs on one device, but adds up row-parallel products from N partial ones, each rounded
+    to ``dtype``, as N ranks would; ``tensor_parallel`` counts real devices.
     """
 
     model: str = DEFAULT_MODEL
@@ -51,6 +53,7 @@ class ExecutionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     compile: bool = False
     concurrent_work: bool = False
     matmul: Matmul = "native"
+    emulate_tensor_parallel: int = 1
 
 
 # Short keys as users write them, and the fields that they mean.
@@ -68,6 +71,7 @@ KEYS: Mapping[str, str] = {
     "compile": "compile",
     "concurrent": "concurrent_work",
     "matmul": "matmul",
+    "emulate_tp": "emulate_tensor_parallel",
 }
 _SHORT: Mapping[str, str] = {field: key for key, field in KEYS.items()}
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -77,7 +81,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "attention": get_args(Attention),
     "matmul": get_args(Matmul),
 }
-_INTEGERS = frozenset({"tensor_parallel", "expert_parallel", "batch_size"})
+_INTEGERS = frozenset({"tensor_parallel", "expert_parallel", "batch_size", "emulate_tensor_parallel"})
 _BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _MAX_INTEGER = 4096
 # Not part of what a config id names: which weights they are is the model's identity, not a way to run it.

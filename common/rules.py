@@ -95,7 +95,7 @@ def _check_session(evidence: Evidence, limits: Limits) -> None:
 
 def _check_row(row: Row, limits: Limits) -> None:
     where = f"row {shorten(row.config_id)}"
-    for degree in ("tensor_parallel", "expert_parallel", "batch_size"):
+    for degree in ("tensor_parallel", "expert_parallel", "batch_size", "emulate_tensor_parallel"):
         _bounded(getattr(row.config, degree), 1, _MAX_DEGREE, f"{where}, {degree}")
     model = row.facts.model
     _bounded(model.vocab_size, 1, limits.width, f"{where}, vocab_size")

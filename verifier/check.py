@@ -60,6 +60,7 @@ COUNTER_VALUES: Mapping[str, tuple[str, ...]] = {
     "compile": ("compile=false", "compile=true"),
     "matmul": ("matmul=native", "matmul=fp32-rounded"),
     "tensor_parallel": ("tp=1", "tp=2"),
+    "emulate_tensor_parallel": ("emulate_tp=1", "emulate_tp=2"),
     "expert_parallel": ("ep=1", "ep=2"),
     "concurrent_work": ("concurrent=false", "concurrent=true"),
 }
@@ -223,11 +224,13 @@ def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[_Checked]:
 
 
 def _runnable(config: ExecutionConfig, claim: Claim | None = None) -> ExecutionConfig:
-    """``config`` with native products where rounded ones do not combine with it, unless they are what is claimed."""
-    alone = config.dtype in ("fp32", "fp64") or config.quantization in OWN_MATMUL
-    if config.matmul == "native" or not alone or (claim is not None and "matmul" in claim.assertions):
-        return config
-    return msgspec.structs.replace(config, matmul="native")
+    """``config`` with products native where rounded ones do not combine with it, and whole where partial ones do not, unless that is claimed."""
+    claimed = claim.assertions if claim is not None else {}
+    if "matmul" not in claimed and (config.dtype in ("fp32", "fp64") or config.quantization in OWN_MATMUL):
+        config = msgspec.structs.replace(config, matmul="native")
+    if "emulate_tensor_parallel" not in claimed and config.quantization != "none":
+        config = msgspec.structs.replace(config, emulate_tensor_parallel=1)
+    return config
 
 
 def _naming_base(claimed: ExecutionConfig, model: str) -> ExecutionConfig:

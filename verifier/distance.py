@@ -7,7 +7,7 @@ positions is a reference's distance; the mean over references is a matrix entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,6 +24,8 @@ POOLED = "pooled"
 
 # Rows converted to float64 at once, so that a long trace is never held twice.
 _BLOCK_ROWS = 512
+# Pairs of a wanted and a listed token id that are compared at once.
+_BLOCK_MATCHES = 1 << 24
 
 
 class SignalKey(msgspec.Struct, frozen=True, order=True):
@@ -53,7 +55,7 @@ def position_distances(claimed: PhaseTrace, replay: PhaseTrace) -> dict[SignalKe
     """
     _require_same(claimed.positions, replay.positions, "positions")
     _require_same(claimed.logprob_ids, replay.logprob_ids, "canonical token ids")
-    distances = {SignalKey("logprobs"): _rows_l2(claimed.logprobs, replay.logprobs, "logprobs")}
+    distances = {SignalKey("logprobs"): rows_l2(claimed.logprobs, replay.logprobs, "logprobs")}
     layered: tuple[tuple[Signal, Mapping[str, Array], Mapping[str, Array]], ...] = (
         ("key_vectors", claimed.key_vectors, replay.key_vectors),
         ("hidden_states", claimed.hidden_states, replay.hidden_states),
@@ -66,7 +68,7 @@ def position_distances(claimed: PhaseTrace, replay: PhaseTrace) -> dict[SignalKe
             )
         for layer in ours:
             name = f"{signal}/{layer}"
-            distances[SignalKey(signal, layer)] = _rows_l2(ours[layer], theirs[layer], name)
+            distances[SignalKey(signal, layer)] = rows_l2(ours[layer], theirs[layer], name)
     return distances
 
 
@@ -101,26 +103,40 @@ def with_pooled(distances: Mapping[Cell, float]) -> dict[Cell, float]:
     return dict(distances) | {cell: float(np.mean(values)) for cell, values in layers.items()}
 
 
-def gather(ids: Array, logprobs: Array, canonical_ids: Array) -> Array:
-    """Log-probabilities (M, K) at ``canonical_ids`` (M, K) of a recorded top-k (M, J).
+def ranked_distances(claimed: tuple[Array, Array], observed: tuple[Array, Array], canonical_ids: Array) -> Floats:
+    """L2 at each position, (M,), between two recorded top-k, over the canonical ids that both sides list.
 
-    For recorded studies, which kept a top-k only; a live replay gathers from its full distribution instead.
-    Raises :class:`EvidenceError` if a position did not record an id.
+    For recorded studies, which kept a top-k only (a live replay gathers from its full distribution instead).
+    ``claimed`` and ``observed`` are (ids (M, K), log-probabilities (M, K)), short rows padded with id -1;
+    ``canonical_ids`` (M, N) likewise. NaN where a position has no canonical id on both sides.
     """
-    matches = canonical_ids[:, :, None] == ids[:, None, :]  # (M, K, J)
-    missing = np.argwhere(~matches.any(axis=2))
-    if len(missing):
-        row, column = missing[0]
-        raise EvidenceError(
-            f"token id {int(canonical_ids[row, column])} is not among those recorded at row {int(row)}",
-            "choose canonical ids that both sides recorded",
-        )
-    picked: Array = np.take_along_axis(logprobs, matches.argmax(axis=2), axis=1)
-    return picked
+    distances = np.empty(len(canonical_ids), np.float64)
+    rows = max(1, _BLOCK_MATCHES // max(1, canonical_ids.shape[1] * max(claimed[0].shape[1], observed[0].shape[1])))
+    for start in range(0, len(canonical_ids), rows):
+        block = slice(start, start + rows)
+        wanted = canonical_ids[block]
+        found_claimed, ours = _at_ids(claimed[0][block], claimed[1][block], wanted)
+        found_observed, theirs = _at_ids(observed[0][block], observed[1][block], wanted)
+        both = found_claimed & found_observed & (wanted >= 0)
+        squared = np.where(both, np.square(ours - theirs), 0.0).sum(axis=1)
+        distances[block] = np.where(both.any(axis=1), np.sqrt(squared), np.nan)
+    return distances
 
 
-def _rows_l2(claimed: Array, replay: Array, name: str) -> Floats:
-    """(M, D) twice -> (M,) float64."""
+def _at_ids(ids: Array, logprobs: Array, wanted: Array) -> tuple[NDArray[np.bool_], Floats]:
+    """(M, N): whether each wanted id is listed at its position, and its log-probability (0 where it is not)."""
+    matches = wanted[:, :, None] == ids[:, None, :]  # (M, N, K)
+    listed = matches.any(axis=2)
+    values = np.take_along_axis(logprobs, matches.argmax(axis=2), axis=1)
+    return listed, np.where(listed, values, 0.0)
+
+
+def rows_l2(claimed: Array, replay: Array, name: str) -> Floats:
+    """L2 of each row in float64: (M, D) twice -> (M,). ``name`` is what errors call them.
+
+    Raises :class:`EvidenceError` for other shapes or a claimed value that is not finite, :class:`ReplayError`
+    for a replayed one.
+    """
     if claimed.shape != replay.shape or claimed.ndim != 2:
         raise EvidenceError(
             f"{name}: the claimed trace has shape {claimed.shape}, the replay {replay.shape}",
@@ -129,13 +145,36 @@ def _rows_l2(claimed: Array, replay: Array, name: str) -> Floats:
     distances = np.empty(len(claimed), np.float64)
     for start in range(0, len(claimed), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
-        ours, theirs = claimed[block].astype(np.float64), replay[block].astype(np.float64)
+        ours, theirs = claimed[block].astype(np.float64, copy=False), replay[block].astype(np.float64, copy=False)
         if not np.isfinite(ours).all():
             raise EvidenceError(f"{name}: a claimed value is not finite", "evidence holds finite numbers only")
         if not np.isfinite(theirs).all():
             raise ReplayError(f"{name}: a replayed value is not finite", "try a wider dtype or another kernel")
-        distances[block] = np.sqrt(np.square(ours - theirs).sum(axis=1))
+        distances[block] = _norms(ours - theirs)
     return distances
+
+
+def mean_l2(stack: Sequence[Floats]) -> Floats:
+    """The mean over positions of :func:`rows_l2` between every two of n traces, (M, D) float64 each -> (n, n).
+
+    For recorded numbers that are known to be finite. Position by position, so that a long trace passes through the
+    processor's cache once, not once for each pair.
+    """
+    sums = np.zeros((len(stack), len(stack)))
+    space = np.empty((len(stack) - 1, stack[0].shape[1]))
+    for position in range(len(stack[0])):
+        rows_nD = np.array([trace[position] for trace in stack])  # noqa: N806
+        for index in range(len(stack) - 1):
+            others = rows_nD[index + 1 :]
+            sums[index, index + 1 :] += _norms(np.subtract(others, rows_nD[index], out=space[: len(others)]))
+    means: Floats = (sums + sums.T) / len(stack[0])
+    return means
+
+
+def _norms(differences: Floats) -> Floats:
+    """(M, D) -> (M,)."""
+    squares: Floats = np.matmul(differences[:, None, :], differences[:, :, None])[:, 0, 0]  # a BLAS dot product each
+    return np.sqrt(squares)
 
 
 def _require_same(claimed: NDArray[Any], replay: NDArray[Any], what: str) -> None:

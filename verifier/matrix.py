@@ -1,6 +1,6 @@
-"""Distance matrices: rows are claimed configs, columns replayed ones; directed, never symmetrized.
+"""Distance matrices: rows are claimed configs, columns verified ones; directed, never symmetrized.
 
-Pure NumPy. A matrix's diagonal is where both ids are equal, not where the indices are: the lineup may be
+Pure NumPy. A matrix's diagonal is where both keys are equal, not where the indices are: the lineup may be
 larger than the bundle. SNR is the published one, off-diagonal mean over diagonal mean; a zero diagonal makes
 it infinite, which is a flag and never a number.
 """
@@ -90,15 +90,26 @@ class MatrixReport(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class DistanceMatrix:
-    """Distances (R references, rows, columns) of one cell; NaN marks what was not measured."""
+    """Distances (R references, rows, columns) of one cell; NaN marks what was not measured.
+
+    The diagonal is where keys are equal. Keys are the ids themselves, unless rows and columns come from two
+    experiments, where one config has two ids: then they are the values that configs are matched by. Pairs and
+    kernel classes are about keys.
+    """
 
     cell: Cell
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     references: tuple[str, ...]
     values: Floats  # (R, A, B): references, claimed rows, verified columns
+    row_keys: tuple[str, ...] = ()
+    column_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "row_keys", self.row_keys or self.rows)
+        object.__setattr__(self, "column_keys", self.column_keys or self.columns)
+        if (len(self.row_keys), len(self.column_keys)) != (len(self.rows), len(self.columns)):
+            raise Error(f"matrix {self.cell}: a key is missing", "one for each row and column, or none at all")
         shape = (len(self.references), len(self.rows), len(self.columns))
         if self.values.shape != shape:
             raise Error(f"matrix {self.cell}: values of shape {self.values.shape} for {shape}", "one per pair")
@@ -130,17 +141,14 @@ class DistanceMatrix:
         return ratio(_mean(self.off_diagonal(exclude)), self.diagonal_mean)
 
     def distance(self, row: str, column: str) -> float | None:
-        """The aggregate entry, or None where nothing was measured."""
-        if row not in self.rows or column not in self.columns:
-            return None
-        value = float(self.aggregate[self.rows.index(row), self.columns.index(column)])
-        return None if np.isnan(value) else value
+        """The aggregate entry between two keys (the mean, if several rows or columns share one), or None."""
+        return self._by_keys.get((row, column))
 
     def pairwise(self, classes: Classes = ()) -> tuple[PairSnr, ...]:
         """Every pair with a measured direction, most detectable first."""
         pairs = [
             self._pair(a, b, classes)
-            for a, b in combinations(dict.fromkeys(self.rows + self.columns), 2)
+            for a, b in combinations(dict.fromkeys(self.row_keys + self.column_keys), 2)
             if self._directions(a, b)
         ]
         return tuple(sorted(pairs, key=_most_detectable_first))
@@ -173,6 +181,15 @@ class DistanceMatrix:
             pairwise=self.pairwise(classes),
         )
 
+    @cached_property
+    def _by_keys(self) -> dict[tuple[str, str], float]:
+        found: dict[tuple[str, str], list[float]] = {}
+        for row, values in zip(self.row_keys, self.aggregate, strict=True):
+            for column, value in zip(self.column_keys, values, strict=True):
+                if not np.isnan(value):
+                    found.setdefault((row, column), []).append(float(value))
+        return {keys: float(np.mean(values)) for keys, values in found.items()}
+
     def _pair(self, a: str, b: str, classes: Classes) -> PairSnr:
         signal = float(np.mean(self._directions(a, b)))
         noise = _mean([value for name in (a, b) if (value := self.distance(name, name)) is not None])
@@ -195,10 +212,10 @@ class DistanceMatrix:
 
     def _entries(self, keep: Callable[[str, str], bool]) -> list[float]:
         return [
-            value
-            for row in self.rows
-            for column in self.columns
-            if keep(row, column) and (value := self.distance(row, column)) is not None
+            float(value)
+            for row, values in zip(self.row_keys, self.aggregate, strict=True)
+            for column, value in zip(self.column_keys, values, strict=True)
+            if keep(row, column) and not np.isnan(value)
         ]
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines.base import Engine, Host
-from fpforensics.common.errors import UsageError, did_you_mean
+from fpforensics.common.errors import UsageError, did_you_mean, shorten
 
 ENGINES: Mapping[str, str] = {
     "transformers": "fpforensics.common.engines.transformers_engine:TransformersEngine",
@@ -21,6 +21,11 @@ def open_engine(config: ExecutionConfig, host: Host | None = None) -> Engine:
     Raises :class:`UsageError` for an unknown backend, :class:`MissingDependencyError` with the install
     command, and :class:`ReplayError` if the model cannot be run as asked.
     """
+    if config.emulate_tensor_parallel > 1 and config.backend != "transformers":
+        raise UsageError(
+            f"emulate_tp={config.emulate_tensor_parallel} is for backend=transformers, not {shorten(config.backend)}",
+            f"use tp={config.emulate_tensor_parallel}, or backend=transformers",
+        )
     entry = ENGINES.get(config.backend)
     if entry is None:
         raise UsageError(f"no engine for backend {config.backend!r} here", did_you_mean(config.backend, ENGINES))

@@ -75,6 +75,10 @@ class TransformersEngine:
             self._numerics = facts.numerics(model, config)
             self._model_facts: ModelFacts = facts.model_facts(model, config.model, digest)
             self._quantization = facts.quantized_modules(model, config)
+            if config.emulate_tensor_parallel > 1:
+                from fpforensics.common.engines.transformers_tensor_parallel import split_products
+
+                split_products(model, config.emulate_tensor_parallel)
             if config.matmul == "fp32-rounded":
                 from fpforensics.common.engines.transformers_load import compute_dtype
                 from fpforensics.common.engines.transformers_matmul import round_products

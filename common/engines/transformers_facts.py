@@ -79,6 +79,8 @@ def numerics(model: PreTrainedModel, config: ExecutionConfig) -> dict[str, str]:
     }
     if (experts := getattr(model.config, "_experts_implementation", None)) and _has_experts(model):
         facts["experts"] = str(experts)
+    if (ranks := config.emulate_tensor_parallel) > 1:
+        facts["emulated_tensor_parallel"] = f"{ranks} partial sums in {config.dtype}"
     if torch.cuda.is_available():
         matmul = torch.backends.cuda.matmul
         facts |= {

@@ -34,12 +34,7 @@ def check_config(config: ExecutionConfig) -> None:
     """Raise :class:`UsageError` or :class:`MissingDependencyError` for what this engine does not do; needs no
     torch.
     """
-    for field, key in (("tensor_parallel", "tp"), ("expert_parallel", "ep")):
-        if (size := getattr(config, field)) > 1:
-            raise UsageError(
-                f"backend transformers runs on one device: {key}={size} is not supported",
-                f"use backend=vllm,{key}={size}",
-            )
+    _check_parallelism(config)
     if config.concurrent_work:
         raise UsageError(
             "backend transformers runs one request at a time: concurrent=true is not supported",
@@ -184,6 +179,30 @@ def int4_group_size(architecture: Any) -> int:
         f"quant=torchao-int4 needs widths divisible by {_INT4_GROUPS[-1]}; this model has {sorted(widths)}",
         "use quant=torchao-int8",
     )
+
+
+def _check_parallelism(config: ExecutionConfig) -> None:
+    tp, ep, emulated = config.tensor_parallel, config.expert_parallel, config.emulate_tensor_parallel
+    if tp > 1 and emulated > 1:
+        raise UsageError(
+            f"tp={tp} does not combine with emulate_tp={emulated}: products are split among devices or on one",
+            f"use emulate_tp={emulated} alone, or backend=vllm,tp={tp}",
+        )
+    if tp > 1:
+        raise UsageError(
+            f"backend transformers runs on one device: tp={tp} is not supported",
+            f"use backend=vllm,tp={tp}, or emulate_tp={tp} for its partial sums on one device",
+        )
+    if ep > 1:
+        raise UsageError(
+            f"backend transformers runs on one device: ep={ep} is not supported", f"use backend=vllm,ep={ep}"
+        )
+    if emulated > 1 and config.quantization != "none":
+        raise UsageError(
+            f"emulate_tp={emulated} does not combine with quant={config.quantization}: "
+            "products of quantized weights are not split",
+            "use quant=none",
+        )
 
 
 def _attention_name(config: ExecutionConfig) -> str:

@@ -62,10 +62,19 @@ _OPTIONS = (
     click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling."),
     click.option("--seed", default=0, show_default=True, help="Seed of the sampler."),
     click.option("--layers", default="1,2,4,12,last", show_default=True, help="Blocks whose keys and states are kept."),
-    click.option("--prefill-positions", default=16, show_default=True, help="Last prompt positions to keep."),
+    click.option(
+        "--prefill-positions",
+        default=16,
+        show_default=True,
+        help="Last prompt positions to keep; all of a prompt that has no more.",
+    ),
     click.option("--decode-positions", default=0, show_default=True, help="Last generated positions to keep; 0: all."),
     click.option("--top-k", default=20, show_default=True, help="Log-probabilities kept at each position."),
-    click.option("--full-logits", is_flag=True, help="Keep whole logits too (large)."),
+    click.option(
+        "--full-logits",
+        is_flag=True,
+        help="Keep the logits of the whole vocabulary too, for verifier compare (large: positions x vocabulary).",
+    ),
     click.option("--repetitions", default=3, show_default=True, help="Must be bit-identical."),
     click.option("--allow-nondeterminism", is_flag=True, help="Record repetitions' noise instead of stopping."),
 )

@@ -99,7 +99,7 @@ def test_a_session_is_bit_identical_to_its_replay_on_its_own_kernels(
     tmp_path: Path, key: PrivateKey, host: Host
 ) -> None:
     base = ExecutionConfig(model="tiny")
-    specs = ("attn=sdpa", "attn=eager", "quant=bnb-nf4", "batch=2", "matmul=fp32-rounded")
+    specs = ("attn=sdpa", "attn=eager", "quant=bnb-nf4", "batch=2", "matmul=fp32-rounded", "emulate_tp=2")
     plan = SessionPlan(
         configs=tuple(parse_config(spec, base) for spec in specs),
         references=2,
@@ -150,6 +150,37 @@ def test_a_lie_about_attention_is_caught_on_the_provers_own_kernels(
 ) -> None:
     result = check(bundles["own"] / f"{lie.name}.msgpack", host, lie.declared, ("attn=eager", "attn=sdpa"))
     assert result.verdict == "INCONSISTENT", result.rows
+
+
+@pytest.mark.parametrize(("claim", "verdict"), [("emulate_tp=2", "CONSISTENT"), ("emulate_tp=1", "INCONSISTENT")])
+def test_partial_sums_are_told_apart_on_the_provers_own_kernels(
+    tmp_path: Path, key: PrivateKey, host: Host, claim: str, verdict: str
+) -> None:
+    plan = SessionPlan(
+        configs=(parse_config("model=tiny,emulate_tp=2"),),
+        references=2,
+        prompt_tokens=96,
+        capture=CAPTURE,
+        sampling=SAMPLING,
+        repetitions=2,
+    )
+    path = tmp_path / "partial.msgpack"
+    run_session(plan, host, key, path, start=in_process)
+    lineup = ("emulate_tp=1", "emulate_tp=2", "emulate_tp=4", "quant=bnb-nf4")
+    with open_bundle(path, Keyring([key.public])) as bundle:
+        result = check_bundle(bundle, CheckPlan(claim=claim, lineup=lineup), host, start=in_process)
+    assert result.verdict == verdict, result.rows
+    identical = [
+        member.config
+        for member in result.lineup
+        for score in result.rows[0].scores
+        if score.bit_identical and score.id == member.id
+    ]
+    assert [config.emulate_tensor_parallel for config in identical] == [2]
+    # four-bit weights are replayed with whole products: theirs are not split
+    assert {
+        member.config.emulate_tensor_parallel for member in result.lineup if "bnb" in member.config.quantization
+    } == {1}
 
 
 def test_what_cannot_be_told_apart_is_inconclusive_and_named(bundles: dict[str, Path], host: Host) -> None:

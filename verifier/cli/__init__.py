@@ -9,9 +9,12 @@ from fpforensics.common.cli import LazyGroup, completion_command, run
 COMMANDS = {
     "keygen": ("fpforensics.prover.cli.keygen:keygen", "Make the key that signs verdicts."),
     "check": ("fpforensics.verifier.cli.check:check", "Replay a bundle under a lineup and give a verdict."),
+    "compare": ("fpforensics.verifier.cli.compare:compare", "Compare the full logits of two bundles."),
     "serve": ("fpforensics.verifier.cli.serve:serve", "Take bundles, check claims, publish signed verdicts over gRPC."),
     "session": ("fpforensics.verifier.cli.session:session", "Challenge a prover, fetch its bundle and check it."),
     "verdicts": ("fpforensics.verifier.cli.verdicts:verdicts", "Read signed verdicts, as an auditor."),
+    "analyze": ("fpforensics.verifier.cli.analyze:analyze", "Redo a published study's tables from its numbers."),
+    "export": ("fpforensics.verifier.cli.export:export", "Write a bundle as uniform experiment JSON."),
     "inspect": ("fpforensics.prover.cli.inspect:inspect", "Show what a bundle holds."),
     "completion": ("fpforensics.verifier.cli:completion", "Print a shell completion script."),
 }

@@ -15,7 +15,7 @@ from fpforensics.common.signals import Phase, Signal
 from fpforensics.verifier.decision import MAX_FLOORS, MIN_RATIO, RowVerdict
 from fpforensics.verifier.distance import Floats
 from fpforensics.verifier.environment_diff import mismatches
-from fpforensics.verifier.matrix import MatrixReport
+from fpforensics.verifier.matrix import MatrixReport, Ratio, labels
 
 if TYPE_CHECKING:
     from fpforensics.verifier.check import CheckResult
@@ -43,6 +43,18 @@ def snr(value: float | None, infinite: bool, digits: int = 2) -> str:
     if infinite:
         return "inf"
     return "n/a" if value is None else f"{value:.{digits}f}×"
+
+
+def fixed(value: float, digits: int = 4, sign: str = "-") -> str:
+    """Fixed decimals as published; what would lose its digits that way in scientific notation."""
+    small = value != 0 and abs(value) < 10 ** (1 - digits)
+    return f"{value:{sign}.2e}" if small else f"{value:{sign}.{digits}f}"
+
+
+def labelled(value: float | None, infinite: bool) -> str:
+    """An SNR's labels on the published scale and the plan's; nothing if it is unknown."""
+    published, plan = labels(Ratio(value, infinite))
+    return f"{published} ({plan})" if published else ""
 
 
 def row_snr(row: RowVerdict) -> str:

@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fpforensics.common.errors import MissingDependencyError
 from fpforensics.common.signals import PHASES, Phase
 from fpforensics.verifier.decision import RowVerdict
 from fpforensics.verifier.distance import POOLED
 from fpforensics.verifier.environment_diff import mismatches
 from fpforensics.verifier.matrix import MatrixReport, Table
-from fpforensics.verifier.report import (
-    SIGNAL_TITLES,
-    caveats,
-    clean,
-    distance,
-    floors,
-    headline,
-    layers,
-    log_scale,
-    row_snr,
-    snr,
-)
+from fpforensics.verifier.report import SIGNAL_TITLES, caveats, floors, headline, layers, log_scale, row_snr
+from fpforensics.verifier.report.pages import Heat, heat_rows, render_page
 
 if TYPE_CHECKING:
     from fpforensics.verifier.check import CheckResult
-
-
-@dataclass(frozen=True)
-class Heat:
-    """One cell of a heat map: its text, its colour (0 to 1, or None), whether it is the diagonal."""
-
-    shown: str
-    heat: float | None
-    own: bool
-
-    @property
-    def style(self) -> str:
-        """Numbers of ours only: this is the one value that reaches a style attribute."""
-        return "" if self.heat is None else f"--t:{100 * self.heat:.0f}%"
-
-    @property
-    def classes(self) -> str:
-        """``hot`` cells take the light ink; ``own`` ones an outline."""
-        return " ".join(["hot"] * (self.heat is not None and self.heat > 0.5) + ["own"] * self.own)
 
 
 @dataclass(frozen=True)
@@ -62,57 +31,19 @@ class LayerLine:
 
 def render(result: CheckResult) -> str:
     """The page. Raises :class:`MissingDependencyError` where jinja2 is not installed."""
-    try:
-        import jinja2
-        import markupsafe
-    except ImportError:
-        raise MissingDependencyError("the HTML page", "jinja2", "pip install 'fpforensics[report]'") from None
-
-    def finalize(value: object) -> object:
-        return clean(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
-
-    def breakable(name: str) -> markupsafe.Markup:
-        """A long config id that may be broken after each comma."""
-        return markupsafe.Markup(",<wbr>").join(clean(name).split(","))
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        finalize=finalize,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"distance": distance, "floors": floors, "breakable": breakable}
-    source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return render_page(
+        "page.html",
         result=result,
-        titles=SIGNAL_TITLES,
         phases=[phase for phase in PHASES if headline(result.matrices, phase)],
         headline=lambda phase: headline(result.matrices, phase),
         layers=lambda phase: layers(result.matrices, phase),
-        heat_rows=heat_rows,
+        matrix_rows=_matrix_rows,
         layer_lines=lambda row: layer_lines(row, result.matrices),
-        snr=snr,
         row_snr=row_snr,
         bar=bar,
         caveats=caveats(result),
         mismatches=mismatches(result.environment),
     )
-
-
-def heat_rows(matrix: MatrixReport, values: Table) -> list[tuple[str, list[Heat]]]:
-    """The claimed config and the coloured cells of each row, on the log scale of this table."""
-    scaled = log_scale(np.array(values, dtype=np.float64))  # None becomes NaN
-    return [
-        (
-            name,
-            [
-                Heat(distance(value), None if value is None else float(heat), name == column)
-                for column, value, heat in zip(matrix.columns, line, heats, strict=True)
-            ],
-        )
-        for name, line, heats in zip(matrix.rows, values, scaled, strict=True)
-    ]
 
 
 def layer_lines(row: RowVerdict, matrices: tuple[MatrixReport, ...]) -> list[LayerLine]:
@@ -152,3 +83,7 @@ def bar(row: RowVerdict, value: float | None) -> str:
     if not value:
         return "0"
     return f"{100 * np.log1p(value) / np.log1p(max(longest, 3.0)):.1f}"
+
+
+def _matrix_rows(matrix: MatrixReport, values: Table) -> list[tuple[str, list[Heat]]]:
+    return heat_rows(matrix.rows, matrix.columns, values, lambda row, column: row == column)

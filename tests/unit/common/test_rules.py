@@ -61,6 +61,8 @@ def test_an_honest_manifest_passes(manifest: dict[str, Any]) -> None:
         (lambda p, r, t: p["rows"].append(r), "given 2 times"),
         (lambda p, r, t: r.update(config_id=""), "config id ''"),
         (lambda p, r, t: r["config"].update(tensor_parallel=0), "tensor_parallel: 0"),
+        (lambda p, r, t: r["config"].update(emulate_tensor_parallel=0), "emulate_tensor_parallel: 0"),
+        (lambda p, r, t: r["config"].update(emulate_tensor_parallel=4097), "emulate_tensor_parallel: 4097"),
         (lambda p, r, t: r["config"].update(batch_size=1 << 62), "batch_size: 4611686018427387904"),
         (lambda p, r, t: r["config"].update(weights_digest="sha256:" + "0" * 64), "different weights"),
         (lambda p, r, t: r["facts"]["model"].update(weights_digest=""), "weights digest ''"),

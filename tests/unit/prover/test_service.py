@@ -319,6 +319,7 @@ PLANS = st.builds(
             batch_size=st.integers(1, 64),
             compile=st.booleans(),
             matmul=st.sampled_from(["native", "fp32-rounded"]),
+            emulate_tensor_parallel=st.integers(1, 64),
         ),
         min_size=1,
         max_size=4,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from fpforensics.verifier.distance import (
     POOLED,
     Cell,
     SignalKey,
-    gather,
+    mean_l2,
     position_distances,
+    ranked_distances,
+    rows_l2,
     trace_distances,
     with_pooled,
 )
@@ -144,64 +145,65 @@ def test_traces_of_other_references_or_tokens_are_refused() -> None:
         trace_distances(claimed, replace(claimed, output_ids=claimed.output_ids + 1))
 
 
-def test_gather_by_id_not_by_rank() -> None:
-    ids = np.array([[7, 5, 9]], np.int32)
-    logprobs = np.array([[-0.1, -2.0, -3.0]], np.float32)
-    picked = gather(ids, logprobs, np.array([[9, 7]], np.int32))
-    assert picked.tolist() == [[-3.0, pytest.approx(-0.1)]]
-    with pytest.raises(EvidenceError, match="token id 8 is not among those recorded at row 0"):
-        gather(ids, logprobs, np.array([[9, 8]], np.int32))
+def test_ranked_distances_compare_by_id_not_by_rank() -> None:
+    ours = np.array([[7, 5, 9]]), np.array([[-0.1, -2.0, -3.0]])
+    theirs = np.array([[9, 7, 4]]), np.array([[-3.5, -0.2, -6.0]])
+    assert ranked_distances(ours, theirs, np.array([[9, 7]])).tolist() == [pytest.approx(np.hypot(0.5, 0.1))]
+    assert ranked_distances(ours, theirs, np.array([[9, 5]])).tolist() == [0.5], "5 is not listed on the other side"
+    assert np.isnan(ranked_distances(ours, theirs, np.array([[5, 8]]))).all(), "none is listed on both sides"
 
 
-# Published tensor-parallel study: aggregates as printed, within H100 and A100 as claimed against H100.
-WITHIN = [[0.0, 2.53e-01, 2.69e-01], [2.53e-01, 0.0, 3.14e-01], [2.69e-01, 3.14e-01, 0.0]]
-CROSS = [[3.60e-01, 2.88e-01, 2.99e-01], [2.40e-01, 2.33e-01, 3.09e-01], [2.41e-01, 3.25e-01, 3.55e-01]]
-TP = ("tp1", "tp2", "tp4")
-REFERENCES = ("ref_0", "ref_1", "ref_2")
+def test_ranked_distances_ignore_padding() -> None:
+    padded = np.array([[7, -1]]), np.array([[-0.5, np.nan]])
+    assert ranked_distances(padded, padded, np.array([[7, -1]])).tolist() == [0.0]
+    assert np.isnan(ranked_distances(padded, padded, np.array([[-1, -1]]))).all()
 
 
-@pytest.mark.parametrize(("claimed_on", "printed"), [("H100", WITHIN), ("A100", CROSS)])
-def test_published_tensor_parallel_matrices_from_their_recordings(claimed_on: str, printed: list[list[float]]) -> None:
-    """Canonical ids ``first``: the first config's first five recorded ids at every position."""
-    if not LAB.exists():
-        pytest.skip("the published recordings are not beside this repository")
-    claimed, verified = _recorded(claimed_on), _recorded("H100")
-    aggregate = np.zeros((3, 3))
-    for reference in REFERENCES:
-        canonical = [list(ids)[:5] for ids in claimed["tp1", reference]]
-        for i, row in enumerate(TP):
-            for j, column in enumerate(TP):
-                ours = _as_phase(claimed[row, reference], canonical)
-                theirs = _as_phase(verified[column, reference], canonical)
-                aggregate[i, j] += position_distances(ours, theirs)[SignalKey("logprobs")].mean() / 3
-    assert [[f"{value:.2e}" for value in row] for row in aggregate] == [
-        [f"{value:.2e}" for value in row] for row in printed
+@pytest.mark.parametrize("traces", [1, 2, 5])
+def test_mean_l2_is_the_mean_of_rows_l2(traces: int) -> None:
+    rng = np.random.default_rng(0)
+    stack = [rng.normal(size=(7, 33)) for _ in range(traces)]
+    means = mean_l2(stack)
+    for i, ours in enumerate(stack):
+        for j, theirs in enumerate(stack):
+            assert means[i, j] == pytest.approx(rows_l2(ours, theirs, "rows").mean(), rel=1e-12)
+    assert (np.diag(means) == 0).all()
+
+
+def test_equal_traces_are_exactly_zero_apart() -> None:
+    rows = np.random.default_rng(0).normal(size=(3, 3584)) * 1e3
+    assert mean_l2([rows, rows.copy()]).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_one_changed_value_among_traces_is_a_distance_from_all_others() -> None:
+    trace = np.random.default_rng(0).normal(size=(7, 6))
+    other = trace.copy()
+    other[3, 2] = np.nextafter(other[3, 2], 9.0)
+    assert (mean_l2([trace, other, trace.copy()]) > 0).tolist() == [
+        [False, True, False],
+        [True, False, True],
+        [False, True, False],
     ]
 
 
-def _recorded(gpu: str) -> dict[tuple[str, str], list[dict[int, float]]]:
-    runs = json.loads((LAB / f"tensor_parallel_{gpu}.json").read_text())["runs"]
-    return {
-        (run["config_id"].removeprefix(f"{gpu}_"), run["ref_id"]): [
-            dict(zip(each["token_ids"], each["log_probs"], strict=True)) for each in run["prefill"]["logprobs"].values()
-        ]
-        for run in runs
-    }
+@given(st.data(), st.integers(1, 3))
+def test_ranked_distances_are_those_of_a_plain_loop(data: st.DataObject, rows_at_once: int) -> None:
+    """Ragged lists, and in any blocks of rows."""
+    position = st.dictionaries(st.integers(0, 5), st.floats(-9, 0), min_size=1, max_size=4)
+    ours, theirs, source = (data.draw(st.lists(position, min_size=5, max_size=5)) for _ in range(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fpforensics.verifier.distance._BLOCK_MATCHES", 16 * rows_at_once)
+        distances = ranked_distances(_padded(ours), _padded(theirs), _padded(source)[0])
+    for distance, here, there, ids in zip(distances, ours, theirs, source, strict=True):
+        common = here.keys() & there.keys() & ids.keys()
+        if common:
+            assert distance == pytest.approx(sum((here[i] - there[i]) ** 2 for i in common) ** 0.5, rel=1e-12)
+        else:
+            assert np.isnan(distance)
 
 
-def _as_phase(recorded: list[dict[int, float]], canonical: list[list[int]]) -> PhaseTrace:
-    gathered = [
-        gather(
-            np.array([list(each)], np.int32),
-            np.array([list(each.values())], np.float64),
-            np.array([ids], np.int32),
-        )
-        for each, ids in zip(recorded, canonical, strict=True)
-    ]
-    m = len(recorded)
-    return PhaseTrace(
-        np.arange(m, dtype=np.int32),
-        np.array(canonical, np.int32),
-        np.concatenate(gathered),
-        np.zeros(m, np.float32),
-    )
+def _padded(lists: list[dict[int, float]]) -> tuple[Any, Any]:
+    ids, values = np.full((len(lists), 4), -1), np.full((len(lists), 4), np.nan)
+    for row, each in enumerate(lists):
+        ids[row, : len(each)], values[row, : len(each)] = list(each), list(each.values())
+    return ids, values

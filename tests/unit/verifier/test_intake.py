@@ -73,6 +73,14 @@ def test_the_committed_corpus_is_what_its_generator_writes(tmp_path: Path) -> No
     assert sum(map(len, written.values())) < 300_000
 
 
+def test_a_bundle_from_before_a_config_field_existed_still_opens() -> None:
+    """Evidence is never written again: what a later version adds to configs must have a default that it meant."""
+    path, keyring = FOLDER / "h100" / "sdpa-eager.msgpack", Keyring.from_paths([FOLDER / "h100" / "prover.key.pub"])
+    assert b"emulate_tensor_parallel" not in path.read_bytes()
+    with open_bundle(path, keyring) as bundle:
+        assert {row.config.emulate_tensor_parallel for row in bundle.evidence.rows} == {1}
+
+
 def test_the_golden_bundle_gives_back_what_was_recorded(golden: Path) -> None:
     with open_bundle(golden, KEYRING, expected_nonce=NONCE) as bundle:
         for verify in (bundle.verify_digests, bundle.verify_all):

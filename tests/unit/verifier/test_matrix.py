@@ -41,6 +41,11 @@ QUANT_PREFILL_AGGREGATE = [
     ["4.92e-02", "5.29e-02", "4.25e+00"],
     ["4.16e+00", "4.15e+00", "4.57e-02"],
 ]
+QUANT_DECODE_AGGREGATE = [
+    ["3.37e-02", "3.22e-02", "2.34e+00"],
+    ["2.82e-02", "2.97e-02", "2.34e+00"],
+    ["2.56e+00", "2.56e+00", "3.07e-02"],
+]
 # Published attention study (H100 claimed, A100 verified): aggregates as printed.
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 KEYS_PREFILL = [[8.51e-01, 1.29e01, 1.30e01], [1.27e01, 7.23e-01, 5.94e-01], [1.27e01, 6.87e-01, 8.34e-01]]
@@ -63,19 +68,19 @@ def matrix(
 
 
 @pytest.mark.parametrize(
-    ("values", "names", "diagonal", "off_diagonal", "snr"),
+    ("values", "names", "diagonal", "off_diagonal", "snr", "label"),
     [
-        (TP_CROSS, TP, "3.16e-01", "2.84e-01", 0.90),
-        (QUANT_PREFILL, QUANT, "4.82e-02", "2.82e+00", 58.44),
-        (QUANT_DECODE, QUANT, "3.14e-02", "1.64e+00", 52.40),
-        (KEYS_PREFILL, ATTENTION, "8.03e-01", "8.78e+00", 10.94),
-        (LOGPROBS_PREFILL, ATTENTION, "3.91e-01", "4.05e+00", 10.34),
-        (KEYS_DECODE, ATTENTION, "5.64e-01", "2.50e+00", 4.43),
-        (LOGPROBS_DECODE, ATTENTION, "1.56e-01", "9.00e-01", 5.76),
+        (TP_CROSS, TP, "3.16e-01", "2.84e-01", 0.90, "NOT RELIABLY DETECTABLE"),
+        (QUANT_PREFILL, QUANT, "4.82e-02", "2.82e+00", 58.44, "CLEARLY DETECTABLE"),
+        (QUANT_DECODE, QUANT, "3.14e-02", "1.64e+00", 52.40, "CLEARLY DETECTABLE"),
+        (KEYS_PREFILL, ATTENTION, "8.03e-01", "8.78e+00", 10.94, "CLEARLY DETECTABLE"),
+        (LOGPROBS_PREFILL, ATTENTION, "3.91e-01", "4.05e+00", 10.34, "CLEARLY DETECTABLE"),
+        (KEYS_DECODE, ATTENTION, "5.64e-01", "2.50e+00", 4.43, "MARGINALLY DETECTABLE"),
+        (LOGPROBS_DECODE, ATTENTION, "1.56e-01", "9.00e-01", 5.76, "MARGINALLY DETECTABLE"),
     ],
 )
 def test_published_snr(
-    values: list[object], names: tuple[str, ...], diagonal: str, off_diagonal: str, snr: float
+    values: list[object], names: tuple[str, ...], diagonal: str, off_diagonal: str, snr: float, label: str
 ) -> None:
     """The inputs are printed to three digits: what follows from them must bracket what the studies print."""
     table = np.array(values, np.float64)
@@ -90,15 +95,19 @@ def test_published_snr(
     assert low.off_diagonal_mean / high.diagonal_mean - 0.005 <= snr
     assert snr <= high.off_diagonal_mean / low.diagonal_mean + 0.005
     assert exact.snr == pytest.approx(snr, rel=3e-3)
+    # Without kernel classes all pairs are meaningful, as in the study.
+    assert (exact.snr_meaningful, exact.meaningful_count, exact.label) == (exact.snr, 6, label)
 
 
 def _last_digit(printed: str) -> float:
     return 10.0 ** (int(printed.partition("e")[2]) - 2)
 
 
-def test_published_aggregate_is_the_mean_over_references() -> None:
-    aggregate = matrix(QUANT_PREFILL, QUANT).aggregate
-    for row, printed_row in zip(aggregate, QUANT_PREFILL_AGGREGATE, strict=True):
+@pytest.mark.parametrize(
+    ("values", "table"), [(QUANT_PREFILL, QUANT_PREFILL_AGGREGATE), (QUANT_DECODE, QUANT_DECODE_AGGREGATE)]
+)
+def test_published_aggregate_is_the_mean_over_references(values: list[object], table: list[list[str]]) -> None:
+    for row, printed_row in zip(matrix(values, QUANT).aggregate, table, strict=True):
         for value, printed in zip(row, printed_row, strict=True):
             assert value == pytest.approx(float(printed), abs=_last_digit(printed))
 
@@ -172,6 +181,38 @@ def test_directed_and_matched_by_id_where_the_lineup_is_larger_than_the_bundle()
     ]
     directed = matrix([[1.0, 8.0], [2.0, 1.0]], ("a", "b"))
     assert (directed.distance("a", "b"), directed.distance("b", "a")) == (8.0, 2.0)
+
+
+def test_diagonal_is_where_keys_are_equal_if_they_are_given() -> None:
+    """Two experiments give one config two ids; what they are matched by is a third thing."""
+    table = np.array([[[5.0, 1.0, 7.0], [3.0, 9.0, np.nan]]])
+    keyed = DistanceMatrix(
+        Cell("prefill", "logprobs"), ("a1", "a2"), ("h2", "h1", "h4"), ("ref_0",), table, ("1", "2"), ("2", "1", "4")
+    )
+    report = keyed.to_report([{"1", "2"}])
+    assert (report.rows, report.columns) == (("a1", "a2"), ("h2", "h1", "h4"))
+    assert (report.diagonal_mean, report.off_diagonal_count) == (2.0, 3)
+    assert report.off_diagonal_mean == pytest.approx((5 + 7 + 9) / 3)
+    assert (report.meaningful_count, report.meaningful_mean, report.snr_meaningful) == (1, 7.0, 3.5)
+    pairs = {(pair.a, pair.b): (pair.signal, pair.noise) for pair in report.pairwise}
+    assert pairs == {("1", "2"): (7.0, 2.0), ("1", "4"): (7.0, 1.0)}, "2 and 4 were not measured"
+    assert keyed.distance("1", "2") == 5.0 and keyed.distance("2", "4") is None and keyed.distance("a1", "h1") is None
+
+
+def test_rows_that_share_a_key_are_pooled_in_pairs_and_counted_singly() -> None:
+    keyed = DistanceMatrix(
+        Cell("prefill", "logprobs"),
+        ("a", "b", "c"),
+        ("x",),
+        ("ref_0",),
+        np.array([[[1.0], [3.0], [10.0]]]),
+        ("1", "1", "2"),
+        ("1",),
+    )
+    assert (keyed.distance("1", "1"), keyed.diagonal_mean, keyed.off_diagonal()) == (2.0, 2.0, [10.0])
+    assert [(pair.a, pair.b, pair.signal, pair.noise) for pair in keyed.pairwise()] == [("1", "2", 10.0, 2.0)]
+    with pytest.raises(Error, match="a key is missing"):
+        DistanceMatrix(Cell("prefill", "logprobs"), ("a",), ("x",), ("r",), np.ones((1, 1, 1)), ("1", "2"), ("1",))
 
 
 def test_without_any_diagonal_there_is_no_snr() -> None:

@@ -1,0 +1,305 @@
+"""Record cross-hardware evidence and its distances: the measurements that the decision rests on.
+
+    bench/evidence.py record  --device cuda --key K -o FOLDER [--config SPEC …]     prover bundles, one per config
+    bench/evidence.py replay  FOLDER --device cpu --key K.pub -o FILE.npz [--member SPEC …]
+
+`record` runs the project's own prover: 24 references of the built-in corpus, 64 prompt positions and the decode
+positions of a few generated tokens, for every config that runs on the device (the others are named with their reason).
+`replay` teacher-forces every bundle's tokens under every member and stores, for each position and each cell (logprobs,
+keys and hidden states by layer), the L2 distance from the evidence to the replay and from the replay to the float32
+anchor; and, as controls, the distance to another prompt's replay and to a model whose weights were disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fpforensics.common.config import ExecutionConfig, config_id, parse_config
+from fpforensics.common.engines.base import Host
+from fpforensics.common.engines.remote import start_engine
+from fpforensics.common.errors import Error
+from fpforensics.common.keys import Keyring, load_private
+from fpforensics.common.models import resolve_model
+from fpforensics.common.signals import PHASES, CapturePlan, Forcing, Sampling, Trace
+from fpforensics.prover.session import SessionPlan, run_session
+from fpforensics.verifier.distance import SignalKey, position_distances
+from fpforensics.verifier.intake import VerifiedBundle, open_bundle
+
+CONFIGS = {
+    "cuda": (
+        "attn=sdpa",
+        "attn=eager",
+        "attn=sdpa_math",
+        "attn=sdpa_flash",
+        "attn=sdpa_efficient",
+        "attn=sdpa_cudnn",
+        "emulate_tp=2",
+        "emulate_tp=4",
+        "dtype=fp16",
+        "quant=torchao-int8",
+        "quant=torchao-int4",
+        "quant=bnb-int8",
+        "quant=bnb-nf4",
+        "batch=2",
+        "batch=4",
+        "compile=true",
+    ),
+    "cpu": (
+        "attn=sdpa",
+        "attn=eager",
+        "attn=sdpa_math",
+        "emulate_tp=2",
+        "emulate_tp=4",
+        "dtype=fp16",
+        "quant=torchao-int8",
+        "quant=torchao-int4",
+        "quant=bnb-nf4",
+        "batch=2",
+        "matmul=fp32-rounded",
+        "compile=true",
+    ),
+}
+MEMBERS = (
+    "attn=sdpa",
+    "attn=eager",
+    "attn=sdpa_math",
+    "emulate_tp=2",
+    "emulate_tp=4",
+    "dtype=fp16",
+    "quant=torchao-int8",
+    "quant=torchao-int4",
+    "quant=bnb-int8",
+    "quant=bnb-nf4",
+    "matmul=fp32-rounded",
+    "compile=true",
+)
+ANCHOR = "dtype=fp32"
+DISTURBED = "disturbed"
+WRONG_PROMPT = "wrong-prompt"
+CAPTURE = CapturePlan(prefill_positions=64)
+# What a distance keeps of its mantissa, so that the files compress: a relative error of 2^-11.
+_MANTISSA_BITS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("record", "replay"):
+        command = commands.add_parser(name)
+        command.add_argument("--device", choices=["cpu", "cuda"], required=True)
+        command.add_argument("--key", type=Path, required=True)
+        command.add_argument("-o", "--output", type=Path, required=True)
+        command.add_argument("--env", action="append", default=[])
+        command.add_argument("--seconds", type=float, default=1e9, help="start no further config after this time")
+        if name == "record":
+            command.add_argument("--config", action="append")
+            command.add_argument("--references", type=int, default=24)
+            command.add_argument("--prompt-tokens", type=int, default=192)
+            command.add_argument("--new-tokens", type=int, default=9)
+            command.add_argument("--repetitions", type=int, default=2)
+        else:
+            command.add_argument("folder", type=Path)
+            command.add_argument("--member", action="append")
+            command.add_argument("--using", default="", help="matmul=fp32-rounded: how this verifier computes products")
+    arguments = parser.parse_args()
+    host = Host(device=arguments.device, env=dict(each.split("=", 1) for each in arguments.env))
+    if arguments.command == "record":
+        record(arguments, host)
+    else:
+        replay(arguments, host)
+
+
+def record(arguments: argparse.Namespace, host: Host) -> None:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    for spec in arguments.config or CONFIGS[arguments.device]:
+        if time.perf_counter() - started > arguments.seconds:
+            say(f"{spec}: no time left")
+            continue
+        plan = SessionPlan(
+            configs=(parse_config(spec),),
+            references=arguments.references,
+            prompt_tokens=arguments.prompt_tokens,
+            capture=CAPTURE,
+            sampling=Sampling(max_new_tokens=arguments.new_tokens),
+            repetitions=arguments.repetitions,
+        )
+        before = time.perf_counter()
+        try:
+            run_session(plan, host, load_private(arguments.key), arguments.output / f"{spec.replace('=', '-')}.msgpack")
+            say(f"{spec}: {time.perf_counter() - before:.0f} s")
+        except Error as error:
+            say(f"{spec}: {error.diagnostics()}")
+
+
+def replay(arguments: argparse.Namespace, host: Host) -> None:
+    """Write arrays (rows, members, references, cells, positions): `evidence` and `noise`, and their names."""
+    started = time.perf_counter()
+    keyring = Keyring.from_paths([arguments.key])
+    bundles = [open_bundle(path, keyring) for path in sorted(arguments.folder.glob("*.msgpack"))]
+    claimed = [claimed_traces(bundle) for bundle in bundles]
+    disturbed = Path(arguments.output).with_suffix(".model")
+    disturb(resolve_model(ExecutionConfig().model).path, disturbed)
+    host = msgspec.structs.replace(host, models={DISTURBED: str(disturbed)})
+    members = [ANCHOR, *(arguments.member or MEMBERS), f"model={DISTURBED}"]
+    using = parse_config(arguments.using).matmul
+    anchors: list[list[Trace]] = []
+    names: list[str] = []
+    evidence, noise = [], []
+    for spec in members:
+        if time.perf_counter() - started > arguments.seconds:
+            say(f"{spec}: no time left")
+            continue
+        config = parse_config(spec)
+        if using != "native" and config.dtype in ("bf16", "fp16") and config.quantization == "none":
+            config = msgspec.structs.replace(config, matmul=using)
+        before = time.perf_counter()
+        try:
+            traces = replayed(bundles, config, host)
+        except Error as error:
+            say(f"{spec}: {error.diagnostics()}")
+            continue
+        anchors = anchors or traces
+        names.append(config_id(parse_config(spec)))
+        evidence.append([table(ours, theirs) for ours, theirs in zip(claimed, traces, strict=True)])
+        noise.append([table(ours, theirs) for ours, theirs in zip(traces, anchors, strict=True)])
+        if spec == "attn=sdpa":
+            names.append(WRONG_PROMPT)
+            shifted = [[*each[1:], each[0]] for each in traces]
+            evidence.append([table(ours, theirs) for ours, theirs in zip(claimed, shifted, strict=True)])
+            noise.append(noise[-1])
+        say(f"{spec}: {time.perf_counter() - before:.0f} s")
+    shutil.rmtree(disturbed)
+    cells = [str(key.signal) + (f"/{key.layer}" if key.layer else "") for key in cell_keys(claimed[0][0])]
+    np.savez_compressed(
+        arguments.output,
+        rows=np.array([bundle.evidence.rows[0].config_id for bundle in bundles]),
+        members=np.array(names),
+        cells=np.array(cells),
+        prefill=np.array(CAPTURE.prefill_positions),
+        evidence=shortened(np.array(evidence).swapaxes(0, 1)),
+        noise=shortened(np.array(noise).swapaxes(0, 1)),
+    )
+    say(f"{arguments.output}: {arguments.output.stat().st_size} bytes")
+
+
+def claimed_traces(bundle: VerifiedBundle) -> list[Trace]:
+    row = bundle.evidence.rows[0]
+    return [bundle.trace(row, reference.id) for reference in bundle.references()]
+
+
+def replayed(bundles: Sequence[VerifiedBundle], config: ExecutionConfig, host: Host) -> list[list[Trace]]:
+    """Each bundle's tokens under one config, all in one worker.
+
+    Configs often generate the same tokens: then one forward serves them all, and reports the ids that each asks for.
+    """
+    alike: dict[tuple[str, bytes], list[tuple[int, Forcing]]] = {}
+    for index, bundle in enumerate(bundles):
+        for reference in bundle.references():
+            forcing = bundle.forcing(bundle.evidence.rows[0], reference.id)
+            alike.setdefault((reference.id, forcing.output_ids.tobytes()), []).append((index, forcing))
+    merged = [
+        replace(
+            group[0][1],
+            claimed_ids={phase: np.hstack([each.claimed_ids[phase] for _, each in group]) for phase in PHASES},
+        )
+        for group in alike.values()
+    ]
+    with start_engine(config, host) as engine:
+        traces = engine.teacher_force(merged, bundles[0].evidence.capture, "prefill")
+    found: list[dict[str, Trace]] = [{} for _ in bundles]
+    for group, trace in zip(alike.values(), traces, strict=True):
+        start = dict.fromkeys(PHASES, 0)
+        for index, forcing in group:
+            phases = {}
+            for phase in PHASES:
+                columns = slice(start[phase], start[phase] + forcing.claimed_ids[phase].shape[1])
+                start[phase] = columns.stop
+                whole = trace.phase(phase)
+                ids, logprobs = whole.logprob_ids[:, columns], whole.logprobs[:, columns]
+                phases[phase] = replace(whole, logprob_ids=ids, logprobs=logprobs)
+            found[index][trace.reference_id] = replace(trace, prefill=phases["prefill"], decode=phases["decode"])
+    return [[each[reference.id] for reference in bundles[0].references()] for each in found]
+
+
+def cell_keys(trace: Trace) -> list[SignalKey]:
+    return list(position_distances(trace.prefill, trace.prefill))
+
+
+def table(claimed: Sequence[Trace], replay: Sequence[Trace]) -> Any:
+    """(references, cells, positions): prefill first, then decode, NaN where a trace is shorter."""
+    keys = cell_keys(claimed[0])
+    longest = max(len(trace.prefill.positions) + len(trace.decode.positions) for trace in claimed)
+    longest = max(longest, CAPTURE.prefill_positions + 8)
+    found = np.full((len(claimed), len(keys), longest), np.nan, np.float32)
+    for index, (ours, theirs) in enumerate(zip(claimed, replay, strict=True)):
+        at = 0
+        for phase in PHASES:
+            one, other = ours.phase(phase), theirs.phase(phase)
+            count = min(len(one.positions), len(other.positions))
+            if not np.array_equal(one.logprob_ids, other.logprob_ids) or len(one.positions) != len(other.positions):
+                # Another prompt: the vectors of the same rank from the end; log-probabilities say nothing.
+                other = last_rows(other, one, count)
+                one = last_rows(one, one, count)
+            if count:
+                distances = position_distances(one, other)
+                for column, key in enumerate(keys):
+                    found[index, column, at : at + count] = distances[key]
+            at += len(ours.phase(phase).positions)
+    return found
+
+
+def last_rows(trace: Any, like: Any, count: int) -> Any:
+    """The last ``count`` rows of ``trace`` at the positions and ids of ``like``, log-probabilities zero."""
+    from dataclasses import replace
+
+    cut = slice(-count, None) if count else slice(0, 0)
+    return replace(
+        trace,
+        positions=like.positions[cut],
+        logprob_ids=like.logprob_ids[cut],
+        logprobs=np.zeros_like(like.logprobs[cut]),
+        hidden_states={layer: rows[cut] for layer, rows in trace.hidden_states.items()},
+        key_vectors={layer: rows[cut] for layer, rows in trace.key_vectors.items()},
+    )
+
+
+def disturb(source: Path, target: Path) -> None:
+    """A checkpoint of the same shape whose weights differ by one percent of their spread, as after a light fine-tune."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for path in target.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if tensor.ndim == 2:
+                spread = tensor.float().std()
+                noise = torch.randn(tensor.shape, generator=generator) * spread * 0.01
+                tensors[name] = (tensor.float() + noise).to(tensor.dtype)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def shortened(values: Any) -> Any:
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    drop = 23 - _MANTISSA_BITS
+    return ((bits + (1 << (drop - 1))) >> drop << drop).astype(np.uint32).view(np.float32)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Reports of an analysis: published numbers where the published tables have them, and nothing hostile gets through."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab_experiments import METADATA, PUBLISHED, QUANT, config, published, ranked, rich, write
+from page_parser import Page
+
+from fpforensics.common.errors import MissingDependencyError
+from fpforensics.common.lab.reader import Experiment, open_experiment
+from fpforensics.common.lab.run import Run, RunInfo, RunSignals
+from fpforensics.verifier.analysis import Canonical, analyze
+from fpforensics.verifier.analysis.environment import Stated, compare_configurations, mismatches
+from fpforensics.verifier.analysis.summary import SummaryRow
+from fpforensics.verifier.report import analysis_html, analysis_text
+
+LAB = Path(__file__).resolve().parents[4] / "shared" / "lab"
+HOSTILE = "\x1b[2J\x07\u202e<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{7*7}}\r\n✓ equal"
+
+
+def rendered(
+    claimed: Experiment, observed: Experiment | None = None, canonical: Canonical = "claimed"
+) -> tuple[str, str]:
+    analysis = analyze(claimed, observed, canonical=canonical)
+    asked = (analysis, claimed, observed, canonical, 5)
+    return analysis_text.render(*asked), analysis_html.render(*asked)
+
+
+def after(lines: Sequence[str], *titles: str) -> list[str]:
+    """The lines after the first one that is the last of ``titles``, sought after the one before it."""
+    rest = list(lines)
+    for title in titles:
+        rest = rest[rest.index(title) + 1 :]
+    return rest
+
+
+def numbers(lines: Sequence[str]) -> list[list[float]]:
+    """The figures of each line."""
+    return [[float(each) for each in re.findall(r"(?<=\s)\d[\d.]*(?:e[-+]\d\d)?(?=×|\s|$)", line)] for line in lines]
+
+
+def test_text_prints_the_published_study(tmp_path: Path) -> None:
+    text, page = rendered(*published(tmp_path))
+    lines = text.splitlines()
+    heads = ["H100_awq", "H100_awq_marlin", "H100_gptq_marlin"]
+    for phase, tables in PUBLISHED.items():
+        part = after(lines, f"CROSS-HARDWARE COMPARISON ({phase.upper()})")
+        assert part[1].strip() == "Rows = claimed config, Cols = verified config"
+        for reference, table in enumerate(tables):
+            below = after(part, f"--- ref_{reference} ---", "Logprobs (L2 distance):")
+            assert below[0].split() == heads
+            for name, row, line in zip(QUANT, table, below[1:4], strict=True):
+                assert line.split() == [f"A100_{name}", *(f"{value:.2e}" for value in row)]
+    # From distances of three digits: the last one of a mean may differ from the published one.
+    aggregate = after(lines, "CROSS-HARDWARE COMPARISON (PREFILL)", "AGGREGATE (average across references):")
+    assert numbers(aggregate[4:7]) == [
+        pytest.approx(row, rel=2e-3)
+        for row in ([4.61e-02, 4.85e-02, 4.25], [4.92e-02, 5.29e-02, 4.25], [4.16, 4.15, 4.57e-02])
+    ]
+    analysis = after(lines, "SNR ANALYSIS", "Off-diagonal (meaningful pairs only, kernel classes excluded):")
+    assert analysis[0].startswith("  Logprobs - Count: 6, Mean: 2.82e+00, SNR: 58.")
+    assert analysis[0].endswith("× → CLEARLY DETECTABLE (Strong)")
+    pairs = after(lines, "PAIRWISE SNR SUMMARY TABLE: LOGPROBS (PREFILL)")[3:6]
+    assert [(line.partition("  ")[0], line.rpartition("  ")[2]) for line in pairs] == [
+        ("A100_awq vs A100_gptq_marlin", "CLEARLY DETECTABLE (Strong)"),
+        ("A100_awq_marlin vs A100_gptq_marlin", "CLEARLY DETECTABLE (Strong)"),
+        ("A100_awq vs A100_awq_marlin", "NOT RELIABLY DETECTABLE (Not Detectable)"),
+    ]
+    assert numbers(pairs) == [
+        pytest.approx(row, rel=3e-3)
+        for row in ([4.21, 4.59e-02, 91.7], [4.20, 4.93e-02, 85.2], [4.88e-02, 4.95e-02, 1.0])
+    ]
+    assert numbers(after(lines, "PREFILL vs DECODE COMPARISON")[1:3]) == [
+        pytest.approx([58.44], rel=1e-3),
+        pytest.approx([52.40], rel=1e-3),
+    ]
+    shown = Page(page).text
+    assert (
+        analysis[0].partition("SNR: ")[2].partition(" ")[0] in shown
+        and "4.25e+00" in shown
+        and "CLEARLY DETECTABLE" in shown
+    )
+
+
+def test_environments_stand_side_by_side(tmp_path: Path) -> None:
+    claimed, observed = published(tmp_path)
+    text, page = rendered(claimed, observed)
+    lines = text.splitlines()
+    assert "Mode:       CROSS-HARDWARE" in lines
+    assert "Claimed:    INT4_A100.json, 3 configs on NVIDIA A100" in lines
+    assert "  ✓ cuda_version: 12.8" in lines
+    assert "  ✗ torch_version: claimed=2.9.1+cu128, observed=2.9.0+cu128" in lines
+    assert "  ✓ hardware: claimed=NVIDIA A100, observed=NVIDIA H100" in after(lines, "Expected differences (hardware):")
+    assert "⚠ ENVIRONMENT MISMATCHES DETECTED" in lines
+    assert "torch_version" in Page(page).text and "1 unexpected" in Page(page).text
+    fields = {each.name: each for each in compare_configurations(claimed, observed)}
+    assert [each.name for each in mismatches(fields.values())] == ["torch_version"]
+    assert fields["torch_version"].observed == (Stated("2.9.0+cu128", tuple(f"H100_{name}" for name in QUANT)),)
+    assert "quant_method" not in fields and "variable_value" not in fields
+
+
+def test_fields_are_compared_where_the_variable_is_the_same(tmp_path: Path) -> None:
+    """The CUDA version is the variable: torch follows it on both machines, python only on one."""
+
+    def side(name: str, python: Mapping[str, str], extra: Mapping[str, object]) -> Experiment:
+        configurations = [
+            config(f"{name}_{cuda}", name, cuda, cuda_version=cuda, torch_version=f"2.7+{cuda}", **extra)
+            | ({"python_version": python[cuda]} if cuda in python else {})
+            for cuda in ("11.8", "12.1")
+        ]
+        run = Run(RunInfo(0, f"{name}_11.8", "ref_0", 0), {"prefill": RunSignals(ranked({1: -1.0}))})
+        return write(tmp_path / f"{name}.json", configurations, [run], METADATA | {"variable_tested": "cuda"})
+
+    claimed = side("A", {"11.8": "3.10", "12.1": "3.12"}, {"provider": "x", "gpu_count": 1})
+    observed = side("B", {"11.8": "3.12", "12.1": "3.12"}, {"provider": "y", "compile": True})
+    fields = {each.name: each for each in compare_configurations(claimed, observed)}
+    assert "cuda_version" not in fields
+    assert fields["torch_version"].equal and not fields["python_version"].equal
+    assert fields["provider"].expected and fields["gpu_count"].expected
+    assert fields["compile"].claimed[0].value == "absent" and fields["compile"].observed[0].value == "true"
+    assert {each.name for each in mismatches(fields.values())} == {"python_version", "compile"}
+    alone = {each.name: each for each in compare_configurations(claimed)}
+    assert [each.value for each in alone["torch_version"].claimed] == ["2.7+11.8", "2.7+12.1"]
+    assert not alone["torch_version"].equal and alone["dtype"].equal
+
+
+def test_one_file_is_told_whole(tmp_path: Path) -> None:
+    text, page = rendered(rich(tmp_path / "rich.json"))
+    lines, shown = text.splitlines(), Page(page).text
+    assert "Mode:       WITHIN ONE FILE (2 kinds of hardware)" in lines
+    assert after(lines, "  ✗ torch_version:")[:2] == [
+        "      2.9.0: A_bs1, A_bs2, B_bs1, B_bs2",
+        "      2.8.0: A_bs4, B_bs4",
+    ]
+    for phase in ("PREFILL", "DECODE"):
+        part = after(lines, f"WITHIN ONE FILE COMPARISON ({phase})")
+        titles = (
+            "--- ref_0 ---", "--- ref_1 ---", "AGGREGATE (average across references):", "SNR ANALYSIS",
+            "Kernel classes (nothing can tell these configs apart):", "LAYER BY LAYER",
+            f"PAIRWISE SNR ANALYSIS ({phase})", f"PAIRWISE SNR SUMMARY TABLE: HIDDEN STATES ({phase})",
+            f"FOUR QUESTIONS ({phase})",
+        )  # fmt: skip
+        after(part, *titles)
+        questions = after(part, f"FOUR QUESTIONS ({phase})")
+        assert "  ? A_bs1: one repetition" in questions
+        assert "  ✓ A_bs2: bit-identical" in questions
+        assert "  ✗ B_bs4: bit-identical in logprobs; differs in key vectors, hidden states" in questions
+        assert "  NVIDIA A vs NVIDIA B" in questions
+    assert "  Logprobs: B_bs1 = B_bs2" in lines
+    assert sum(line.endswith("one kernel class") for line in lines) == 6
+    layers = after(lines, "LAYER BY LAYER")
+    assert [line.split()[:3] for line in layers[2:8]] == [
+        [kind, what, layer] for kind, what in (("Key", "vectors"), ("Hidden", "states")) for layer in ("1", "2", "12")
+    ]
+    for said in (
+        "A_bs1 and A_bs4 diverged at step 2 on ref_0: no decode distance",
+        "Logprobs: 18 positions were not compared, for none of the canonical ids was listed on both sides",
+    ):
+        assert f"  {said}" in lines and said in shown
+    # B_bs4 was not run on ref_1, and B lists none of A's tokens on ref_0 of prefill.
+    table = after(lines, "--- ref_1 ---", "Key vectors (L2 distance):")[1:7]
+    assert [line.split()[6] for line in table] == ["—"] * 6
+    assert after(lines, "--- ref_0 ---", "Logprobs (L2 distance):")[1].split()[4:] == ["—", "—", "—"]
+    assert "—" in shown
+
+
+def test_numbers_are_finite_and_infinity_is_a_word(tmp_path: Path) -> None:
+    text, page = rendered(rich(tmp_path / "rich.json"))
+    for shown in (text, Page(page).text):
+        assert not re.search(r"\bnan\b|infinity", shown, re.IGNORECASE)
+    assert "SNR: inf" in text and "SNR inf" in page
+
+
+def test_a_table_that_would_be_too_wide_numbers_its_columns(tmp_path: Path) -> None:
+    text, _ = rendered(rich(tmp_path / "rich.json", prefix="a-rather-long-name,"))
+    lines = after(text.splitlines(), "WITHIN ONE FILE COMPARISON (PREFILL)")
+    assert lines[2] == "   [1] a-rather-long-name,A_bs1"
+    assert any(line.split() == ["[1]", "[2]", "[3]", "[4]", "[5]", "[6]"] for line in lines)
+
+
+def test_hostile_strings_reach_the_terminal_and_the_page_as_text(tmp_path: Path) -> None:
+    plain = Page(rendered(rich(tmp_path / "plain.json"))[1])
+    hostile = rich(
+        tmp_path / "rich.json", prefix=HOSTILE, experiment_type=HOSTILE, model=HOSTILE, variable_tested=HOSTILE
+    )
+    other = rich(tmp_path / "other.json", prefix=HOSTILE, experiment_type="x", model="y" * 5000)
+    for text, rendered_page in (rendered(hostile), rendered(hostile, other)):
+        assert all(c.isprintable() or c == "\n" for c in text + rendered_page)
+        assert "\\x1b[2J" in text
+        assert not any(line.startswith("✓ equal") for line in text.splitlines())
+        page = Page(rendered_page)
+        page.require_harmless()
+        assert page.tags <= plain.tags | {"wbr", "ul", "li"}
+        assert "<script>alert(1)</script>" in page.text and "{{7*7}}" in page.text
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    for observed in (None, rich(tmp_path / "other.json")):
+        page = rendered(rich(tmp_path / "rich.json"), observed)[1]
+        Page(page).require_harmless()
+        assert "://" not in page and "url(" not in page and "@import" not in page
+        assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
+
+
+def test_the_diagonal_of_two_files_is_matched_by_value(tmp_path: Path) -> None:
+    _, page = rendered(*published(tmp_path))
+    assert page.count('own"') == 2 * 3 * (1 + 4)  # phases, configs, aggregate and references
+
+
+def test_the_summary_has_a_row_for_each_cell() -> None:
+    found: dict[str, Any] = {"experiment": "batch_size", "variable": HOSTILE, "phase": "prefill"}
+    rows = [
+        SummaryRow(
+            **found, signal="logprobs", baseline_l2=0.5264, max_signal_l2=0.6923, snr=1.315,
+            snr_infinite=False, detectability="Weak",
+        ),
+        SummaryRow(
+            **found, signal="key_vectors", baseline_l2=0.0, max_signal_l2=2e-5, snr=None, snr_infinite=True,
+            detectability="Strong",
+        ),
+        SummaryRow(
+            **found, signal="hidden_states", baseline_l2=None, max_signal_l2=12.5, snr=None, snr_infinite=False,
+            detectability="",
+        ),
+    ]  # fmt: skip
+    text = analysis_text.render_summary(rows)
+    assert all(c.isprintable() or c == "\n" for c in text)
+    lines = after(text.splitlines(), "DETECTABILITY SUMMARY")
+    for name in ("Experiment", "Variable", "Phase", "Signal", "Baseline L2", "Max Signal L2", "SNR", "Detection"):
+        assert name in lines[1]
+    assert [line.split()[-4:] for line in lines[3:]] == [
+        ["0.5264", "0.6923", "1.31×", "Weak"],
+        ["0.0000", "2.00e-05", "inf", "Strong"],
+        ["—", "12.5000", "n/a", "—"],
+    ]
+
+
+def test_a_missing_jinja2_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingDependencyError, match="jinja2"):
+        rendered(rich(tmp_path / "rich.json"))
+
+
+@pytest.mark.skipif(not LAB.is_dir(), reason="the published files are not here")
+def test_real_tensor_parallel_files_print_the_published_numbers() -> None:
+    claimed = open_experiment(LAB / "tensor_parallel_A100.json")
+    text, page = rendered(claimed, open_experiment(LAB / "tensor_parallel_H100.json"), "first")
+    aggregate = after(text.splitlines(), "AGGREGATE (average across references):")[4:7]
+    assert [line.split()[1:] for line in aggregate] == [
+        ["3.60e-01", "2.88e-01", "2.99e-01"],
+        ["2.40e-01", "2.33e-01", "3.09e-01"],
+        ["2.41e-01", "3.25e-01", "3.55e-01"],
+    ]
+    assert "  Logprobs: 3.16e-01" in text.splitlines()
+    assert "  Logprobs - Count: 6, Mean: 2.84e-01, SNR: 0.90×" in text.splitlines()
+    for shown in ("3.60e-01", "2.88e-01", "0.90×", "NOT RELIABLY DETECTABLE"):
+        assert shown in Page(page).text
+
+
+@pytest.mark.skipif(not LAB.is_dir(), reason="the published files are not here")
+def test_real_batch_size_file_prints_the_known_baselines() -> None:
+    text, page = rendered(open_experiment(LAB / "batch_size_4gpus.json"))
+    for known in ("0.495769", "0.526376", "0.449527", "0.548924", "0.576388", "0.456233"):
+        assert f" 1    {known}\n" in text
+        assert known in Page(page).text
+    assert text.count(": bit-identical") == 12
+    assert "H100-PCIe_bs1 = H100-PCIe_bs2 = H100-PCIe_bs4; A40_bs2 = A40_bs4" in text

@@ -1,0 +1,62 @@
+"""Redo a published study from its numbers: distances, matrices and SNR of one experiment, or of one against another.
+
+Pure NumPy over files. Alone, an experiment is compared with itself: the diagonal is zero, and what differs is
+seen within one machine. With a second one, rows are the first's configs (claimed), columns the second's
+(verified), and the diagonal is matched by ``variable_value``. The plan's four questions are answered for each
+phase and signal: is each config reproducible; how far apart are two machines that do the same; is each value
+of the variable seen within one machine; and across machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fpforensics.common.errors import EvidenceError, UsageError, shorten
+from fpforensics.common.lab.reader import Experiment
+from fpforensics.common.lab.run import Run
+from fpforensics.verifier.analysis.measure import Canonical, Measurements, Member
+from fpforensics.verifier.analysis.report import report_of
+from fpforensics.verifier.analysis.result import Analysis, CellAnalysis
+
+__all__ = ["DEFAULT_TOP", "Analysis", "Canonical", "CellAnalysis", "analyze"]
+
+Report = Callable[[str, int, int], None]
+"""Called with (what is happening, done, total)."""
+DEFAULT_TOP = 5
+"""How many of the listed ids are compared: the published studies used five."""
+
+
+def analyze(
+    claimed: Experiment,
+    observed: Experiment | None = None,
+    *,
+    canonical: Canonical = "claimed",
+    top: int = DEFAULT_TOP,
+    report: Report = lambda _stage, _done, _total: None,
+) -> Analysis:
+    """Every phase and signal that was measured, in the order of :data:`PHASES` and :data:`SIGNALS`.
+
+    Log-probabilities are compared at the first ``top`` ids as listed by each row's own trace (``claimed``) or by
+    the first config's (``first``), where both sides list them. Raises :class:`EvidenceError` for experiments
+    that cannot be compared, :class:`UsageError` for a ``top`` below 1.
+    """
+    if top < 1:
+        raise UsageError(f"top {top}", "compare at least one token id")
+    sides = [claimed] if observed is None else [claimed, observed]
+    members = [Member(side, each) for side, source in enumerate(sides) for each in source.configurations]
+    references = [each for each in claimed.references if all(each in source.references for source in sides)]
+    if not references:
+        raise EvidenceError(
+            f"no reference is in both {claimed.name} and {sides[-1].name}",
+            f"they hold {', '.join(map(shorten, claimed.references[:3]))} and {', '.join(map(shorten, sides[-1].references[:3]))}",
+        )
+    collected = Measurements(members)
+    for done, reference in enumerate(references):
+        report("comparing references", done, len(references))
+        runs: dict[tuple[int, str], Run] = {}
+        for side, source in enumerate(sides):
+            for run in source.read_all(reference):
+                if (first := runs.setdefault((side, run.info.config_id), run)) is not run:
+                    collected.repeat(side, first, run)
+        collected.measure(reference, [runs.get((each.side, each.id)) for each in members], canonical, top)
+    return report_of(collected)

@@ -1,0 +1,99 @@
+"""``verifier analyze``: the tables of a published study, from its numbers."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from fpforensics.common.cli import Report, progress_bar, quiet_option
+from fpforensics.verifier.cli.check import require_outputs
+
+Canonical = Literal["claimed", "first"]
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
+@click.option("--observed", type=click.Path(path_type=Path), help="A second experiment: FILE's configs are claimed, these verified.")  # fmt: skip
+@click.option("--canonical", type=click.Choice(["claimed", "first"]), default="claimed", show_default=True, help="Whose token ids are compared: each row's own, or the first config's.")  # fmt: skip
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many of the ids, as listed.")
+@click.option("--summary", is_flag=True, help="One table over many experiments instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, in full precision.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained HTML page.")
+@quiet_option
+def analyze(
+    files: tuple[Path, ...],
+    observed: Path | None,
+    canonical: Canonical,
+    top: int,
+    summary: bool,
+    as_json: bool,
+    html: Path | None,
+    quiet: bool,
+) -> None:
+    """Compare the configs of an experiment (uniform JSON, .gz too) with one another, or with those of another one.
+
+    Is each config reproducible? How far apart are two machines that do the same? Is each value of the variable seen within
+    one machine, and across machines? A measurement on the published scale, not a verdict.
+
+    \b
+    verifier analyze tensor_parallel_H100.json --canonical first
+    verifier analyze tensor_parallel_A100.json --observed tensor_parallel_H100.json --html report.html
+    verifier analyze --summary *_experiment.json
+    """
+    from fpforensics.common.errors import UsageError
+
+    require_outputs(html)
+    if summary and (observed or html):
+        raise UsageError("--summary is about whole experiments", "leave out --observed and --html")
+    if len(files) > 1 and not summary:
+        raise UsageError(f"{len(files)} experiments", "give one, one and --observed, or --summary")
+    with progress_bar(quiet) as report:
+        if summary:
+            text = _summarize(files, canonical, top, as_json, report)
+        else:
+            text = _analyze(files[0], observed, canonical, top, as_json, html, report)
+    click.echo(text, nl=False)
+
+
+def _analyze(
+    path: Path, observed: Path | None, canonical: Canonical, top: int, as_json: bool, html: Path | None, report: Report
+) -> str:
+    from fpforensics.common.lab.reader import open_experiment
+    from fpforensics.verifier.analysis import analyze as measure
+
+    with ExitStack() as files:
+        claimed = files.enter_context(open_experiment(path))
+        other = files.enter_context(open_experiment(observed)) if observed else None
+        found = measure(claimed, other, canonical=canonical, top=top, report=report)
+        if html is not None:
+            from fpforensics.verifier.report import analysis_html
+
+            html.write_text(analysis_html.render(found, claimed, other, canonical, top), encoding="utf-8")
+        if as_json:
+            return _json(found)
+        from fpforensics.verifier.report import analysis_text
+
+        return analysis_text.render(found, claimed, other, canonical, top)
+
+
+def _summarize(files: tuple[Path, ...], canonical: Canonical, top: int, as_json: bool, report: Report) -> str:
+    from fpforensics.common.lab.reader import open_experiment
+    from fpforensics.verifier.analysis import analyze as measure
+    from fpforensics.verifier.analysis.summary import SummaryRow, summarize
+    from fpforensics.verifier.report.analysis_text import render_summary
+
+    rows: list[SummaryRow] = []
+    for done, path in enumerate(files):
+        report(f"analyzing {path.name}", done, len(files))
+        with open_experiment(path) as experiment:
+            rows += summarize(experiment, measure(experiment, canonical=canonical, top=top))
+    return _json(rows) if as_json else render_summary(rows)
+
+
+def _json(value: object) -> str:
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(value)).decode() + "\n"

@@ -1,0 +1,288 @@
+"""An analysis beside the experiments it is of, in the words and groups that its text and its page both print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from fpforensics.common.lab.reader import Experiment
+from fpforensics.common.lab.run import Configuration
+from fpforensics.common.signals import Phase, Signal
+from fpforensics.verifier.analysis import Analysis, Canonical, CellAnalysis
+from fpforensics.verifier.analysis.environment import FieldComparison, Kind, compare_configurations
+from fpforensics.verifier.analysis.measure import Member
+from fpforensics.verifier.analysis.result import Comparison, Diverged, PairAnalysis
+from fpforensics.verifier.analysis.summary import SummaryRow, summarize
+from fpforensics.verifier.report import SIGNAL_TITLES, clean, fixed
+
+_LONGEST_NAME = 80
+_KINDS: tuple[tuple[Kind, str], ...] = (
+    ("experiment", "Experiment"),
+    ("software", "Critical dependencies"),
+    ("parameters", "Fixed parameters"),
+    ("hardware", "Expected differences (hardware)"),
+)
+_REPRODUCIBLE = {True: ("✓", "bit-identical"), False: ("✗", "differs"), None: ("?", "one repetition")}
+_Each = TypeVar("_Each")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One experiment file; ``role`` is what it is compared as."""
+
+    role: str
+    source: Experiment
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return name_of(self.source.name)
+
+    @property
+    def hardware(self) -> tuple[str, ...]:
+        """Each kind of hardware once."""
+        return tuple(map(name_of, _distinct(each.hardware for each in self.source.configurations)))
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of the plan's questions that pairs of configs answer; ``unanswered`` says what an answer needs."""
+
+    title: str
+    unanswered: str
+    comparisons: Callable[[CellAnalysis], tuple[Comparison, ...]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a report of an analysis shows. Names are cleaned and cut here."""
+
+    analysis: Analysis
+    claimed: Experiment
+    observed: Experiment | None
+    canonical: Canonical
+    top: int
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The claimed file and the observed one, or the one that is compared with itself."""
+        if self.observed is None:
+            return (Side("Experiment", self.claimed),)
+        return Side("Claimed", self.claimed), Side("Observed", self.observed)
+
+    @property
+    def experiment_type(self) -> str:
+        """What kind of experiment this is."""
+        return name_of(self.claimed.metadata["experiment_type"])
+
+    @property
+    def variable(self) -> str:
+        """The name of what is varied."""
+        return name_of(self.claimed.metadata["variable_tested"])
+
+    @property
+    def model(self) -> str:
+        """The model, or both where the files name different ones."""
+        return " / ".join(
+            map(name_of, _distinct(each.source.metadata.get("model", "not stated") for each in self.sides))
+        )
+
+    @property
+    def mode(self) -> str:
+        """Two files are two machines, even with the same hardware."""
+        if self.observed is not None:
+            return "CROSS-HARDWARE"
+        kinds = len(self.sides[0].hardware)
+        return "WITHIN-HARDWARE" if kinds == 1 else f"WITHIN ONE FILE ({kinds} kinds of hardware)"
+
+    @property
+    def baseline(self) -> str:
+        """What a matrix's diagonal is."""
+        return "one config with itself" if self.observed is None else f"cross-hardware, same {self.variable}"
+
+    @property
+    def caveat(self) -> str:
+        """What a matrix's SNR does not say, or nothing."""
+        if self.observed is not None:
+            return ""
+        return "A file compared with itself has a zero diagonal: any difference makes these SNRs infinite."
+
+    @property
+    def ids_compared(self) -> str:
+        """Which log-probabilities are compared, or nothing where none were measured."""
+        if not any("logprobs" in signals for signals in self.analysis.values()):
+            return ""
+        listed = "the first config" if self.canonical == "first" else "each claimed config"
+        return f"log-probabilities of the first {self.top} ids that {listed} lists (canonical: {self.canonical})"
+
+    @cached_property
+    def environment(self) -> tuple[FieldComparison, ...]:
+        """What the configurations state, side by side."""
+        return compare_configurations(self.claimed, self.observed)
+
+    @property
+    def environment_groups(self) -> Iterator[tuple[str, list[FieldComparison]]]:
+        """With their titles, those that are not empty."""
+        for kind, title in _KINDS:
+            if group := [each for each in self.environment if each.kind == kind]:
+                yield title, group
+
+    def stated(self, field: FieldComparison) -> list[tuple[str, str]]:
+        """(whose, what) of one field: the two files', or each value's configs where those of one file differ."""
+        if self.observed is None and len(field.claimed) > 1:
+            return [(", ".join(map(name_of, each.configs)), name_of(each.value)) for each in field.claimed]
+        sides = zip(("claimed", "observed"), (field.claimed, field.observed), strict=True)
+        return [(role, ", ".join(name_of(each.value) for each in values)) for role, values in sides if values]
+
+    def references(self, phase: Phase) -> tuple[str, ...]:
+        """Every reference of which some signal of the phase was measured."""
+        return _distinct(name for cell in self.analysis[phase].values() for name in cell.per_reference)
+
+    def is_own(self, row: str, column: str) -> bool:
+        """Whether an entry is on the diagonal."""
+        if self.observed is None:
+            return row == column
+        return self._values[0].get(row) == self._values[1].get(column)
+
+    def named_pairs(self, cell: CellAnalysis) -> list[tuple[str, PairAnalysis, bool]]:
+        """Each pair's name, itself, and whether both are of one kernel class."""
+        classes = [set(map(self._key, members)) for members in cell.kernel_classes]
+        found = []
+        for each in cell.pairwise:
+            keys = {self._key(config) for config in each.pair}
+            same_class = any(keys <= members for members in classes)
+            found.append((" vs ".join(map(name_of, each.pair)), each, same_class))
+        return found
+
+    def reproducible(self, phase: Phase) -> Iterator[tuple[str, str, str]]:
+        """The plan's first question for each config: a mark, its name and what was found, by signal where they differ."""
+        signals = self.analysis[phase]
+        for config in _distinct(config for cell in signals.values() for config in cell.reproducible):
+            found: dict[bool | None, list[Signal]] = {}
+            for signal, cell in signals.items():
+                if config in cell.reproducible:
+                    found.setdefault(cell.reproducible[config], []).append(signal)
+            worst = next(state for state in (False, None, True) if state in found)
+            said = [
+                f"{_REPRODUCIBLE[state][1]}{_in_signals(names) if len(found) > 1 else ''}"
+                for state, names in found.items()
+            ]
+            yield _REPRODUCIBLE[worst][0], name_of(config), "; ".join(said)
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """The plan's second to fourth question."""
+        return (
+            Question(
+                f"How far apart is other hardware with the same {self.variable}? (the baseline)",
+                f"one {self.variable} on two machines",
+                lambda cell: cell.cross_hardware_baseline,
+            ),
+            Question(
+                f"Is another {self.variable} seen within one hardware?",
+                f"two values of {self.variable} on one machine",
+                lambda cell: cell.within_hardware,
+            ),
+            Question(
+                f"Is another {self.variable} seen across hardware?",
+                f"two values of {self.variable}, each on another machine",
+                lambda cell: cell.across_hardware,
+            ),
+        )
+
+    def diverged(self, phase: Phase) -> tuple[Diverged, ...]:
+        """Pairs without a decode distance, whatever the signal."""
+        return _distinct(each for cell in self.analysis[phase].values() for each in cell.diverged)
+
+    def uncompared(self, phase: Phase) -> Iterator[str]:
+        """Where log-probabilities were listed, but for other ids."""
+        for signal, cell in self.analysis[phase].items():
+            if cell.uncompared:
+                yield (
+                    f"{SIGNAL_TITLES[signal]}: {cell.uncompared} positions were not compared, "
+                    "for none of the canonical ids was listed on both sides"
+                )
+
+    @cached_property
+    def summary(self) -> tuple[SummaryRow, ...]:
+        """The plan's summary of each phase and signal."""
+        return tuple(summarize(self.claimed, self.analysis))
+
+    def layer_summary(self, phase: Phase) -> list[tuple[str, SummaryRow]]:
+        """The plan's summary of each single layer, with its name."""
+        return [
+            (layer, row)
+            for signal, cell in self.analysis[phase].items()
+            for layer, single in cell.per_layer.items()
+            for row in summarize(self.claimed, {phase: {signal: single}})
+        ]
+
+    @cached_property
+    def _values(self) -> list[dict[str, str]]:
+        """The variable's value of each side's configs."""
+        return [
+            {each.config_id: Member(index, each).value for each in side.source.configurations}
+            for index, side in enumerate(self.sides)
+        ]
+
+    def _key(self, config: str) -> str:
+        """What pairs and kernel classes are about: the id in one file, the variable's value between two."""
+        if self.observed is None:
+            return config
+        return self._values[0].get(config) or self._values[1][config]
+
+
+def name_of(text: object) -> str:
+    """An id or a value as a table can hold it."""
+    return clean(str(text), _LONGEST_NAME)
+
+
+def setting(configuration: Configuration) -> str:
+    """A config's value of the variable."""
+    return value_of(Member(0, configuration).value)
+
+
+def value_of(value: str) -> str:
+    """A value of the variable, which comes as JSON, for people."""
+    return name_of(json.loads(value) if value.startswith('"') else value)
+
+
+def by_hardware(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[Comparison]]]:
+    """Comparisons of the same hardware together, under its name."""
+    groups: dict[tuple[str, ...], list[Comparison]] = {}
+    for each in comparisons:
+        groups.setdefault(tuple(dict.fromkeys(each.hardware)), []).append(each)
+    for hardware, group in groups.items():
+        yield " vs ".join(map(name_of, hardware)), group
+
+
+def values_of(comparison: Comparison) -> str:
+    """The value that both configs have, or from which to which it changes."""
+    return " → ".join(dict.fromkeys(map(value_of, comparison.values)))
+
+
+def figure(value: float | None) -> str:
+    """A distance in the plan's summary; ``—`` where nothing was measured."""
+    return "—" if value is None else fixed(value)
+
+
+def diverged(each: Diverged) -> str:
+    """Why two runs have no decode distance."""
+    one, other = map(name_of, each.configs)
+    return f"{one} and {other} diverged at step {each.step} on {name_of(each.reference)}: no decode distance"
+
+
+def classes(cell: CellAnalysis) -> str:
+    """The configs that a matrix cannot tell apart."""
+    return "; ".join(" = ".join(map(name_of, members)) for members in cell.kernel_classes) or "none"
+
+
+def _in_signals(signals: Sequence[Signal]) -> str:
+    return f" in {', '.join(SIGNAL_TITLES[each].lower() for each in signals)}"
+
+
+def _distinct(values: Iterable[_Each]) -> tuple[_Each, ...]:
+    return tuple(dict.fromkeys(values))
