@@ -20,17 +20,16 @@ from fpforensics.common.rpc import CHUNK_BYTES
 UNARY_SECONDS = 30.0
 """The deadline of calls that should answer at once."""
 
+KEEPALIVE_MS = 30_000
+"""How often a client asks, while a call is under way, whether the server is still there. Servers must allow it: see
+:data:`fpforensics.common.serving.MIN_PING_MS`.
+"""
+
 MAX_REQUEST_BYTES = 2 * CHUNK_BYTES
 MAX_RESPONSE_BYTES = 16 * CHUNK_BYTES
 MAKE_TOKEN = "(umask 077; openssl rand -hex 32 > FILE)"  # noqa: S105 - a command that makes one
 _MIN_TOKEN, _MAX_TOKEN = 32, 1024
 _MAX_PEM_BYTES = 1 << 20
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
-    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class Connection:
         require_pair(access.tls_cert, access.tls_key)
         token = read_token(access.token_file) if access.token_file is not None else ""
         self.metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {token}"),) if token else ()
-        options = [*_OPTIONS, ("grpc.enable_http_proxy", 0 if loopback else 1)]
+        options = [*_options(), ("grpc.enable_http_proxy", 0 if loopback else 1)]
         if loopback and access.tls_roots is None and access.tls_cert is None:
             self.channel = grpc.insecure_channel(target, options)
             return
@@ -91,13 +90,30 @@ class Connection:
         self.close()
 
 
-def is_loopback(address: str) -> bool:
-    """Whether ``host:port`` can be reached from this machine only. Raises :class:`UsageError` if it is not host:port."""
+def _options() -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+        ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),  # all through a silent call, not only at its beginning
+        ("grpc.max_reconnect_backoff_ms", 30_000),
+    )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host, without brackets, and port. Raises :class:`UsageError` if ``address`` is not host:port."""
     host, _, port = address.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     ambiguous = ":" in bare and bare == host  # IPv6 without brackets
     if not bare or "/" in bare or ambiguous or not port.isascii() or not port.isdigit() or int(port[:6]) > 65535:
         raise UsageError(f"address {shorten(address)!r} is not host:port", "e.g. 127.0.0.1:50051 or [::1]:50051")
+    return bare, int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether ``host:port`` can be reached from this machine only. Raises :class:`UsageError` if it is not host:port."""
+    bare, _ = split_address(address)
     try:
         return ipaddress.ip_address(bare).is_loopback
     except ValueError:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -15,15 +15,11 @@ import click
 from fpforensics.common.errors import Error, UsageError, did_you_mean, shorten
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from fpforensics.common.engines.base import Host
 
 F = TypeVar("F", bound=Callable[..., Any])
 Report = Callable[[str, int, int], None]
 """Called with (what is happening, done, total)."""
-
-PROGRESS_AFTER_SECONDS = 2.0
 
 
 class LazyGroup(click.Group):
@@ -53,7 +49,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Like click's, but a near miss is offered."""
-        if args and args[0] not in self.lazy and not args[0].startswith("-"):
+        if args and args[0] not in self.lazy and not args[0].startswith("-") and not ctx.resilient_parsing:
             hint = did_you_mean(args[0], self.lazy)
             raise click.UsageError(f"no command {shorten(args[0])!r} ({hint})", ctx)
         return super().resolve_command(ctx, args)
@@ -66,6 +62,11 @@ class LazyGroup(click.Group):
 
 def run(group: click.Group, program: str) -> None:
     """The console script: run ``group`` and turn errors into one line on stderr and an exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C core prints what becomes an error of ours
+    if os.environ.get(f"_{program.upper()}_COMPLETE"):
+        from fpforensics.common.cli_specs import install_completion
+
+        install_completion()
     try:
         code = group.main(prog_name=program, standalone_mode=False, auto_envvar_prefix=program.upper())
         sys.exit(code if isinstance(code, int) else 0)
@@ -100,38 +101,20 @@ def colour(stream: Any) -> bool:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Report]:
-    """A bar on stderr once something has taken over two seconds; silent when quiet or when stderr is not a terminal."""
-    if quiet or not sys.stderr.isatty():
+    """Progress on stderr once something has taken over two seconds: a bar on a terminal, else a line now and then."""
+    if quiet:
         yield lambda _stage, _done, _total: None
         return
+    from fpforensics.common import progress
+
+    if not sys.stderr.isatty():
+        with progress.lines() as report:
+            yield report
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True, no_color=not colour(sys.stderr)),
-        transient=True,
-    )
-    started = time.monotonic()
-    task: TaskID | None = None
-
-    def report(stage: str, done: int, total: int) -> None:
-        nonlocal task
-        if task is None:
-            if time.monotonic() - started < PROGRESS_AFTER_SECONDS:
-                return
-            bar.start()
-            task = bar.add_task(stage, total=total)
-        bar.update(task, description=stage, completed=done, total=total)
-
-    try:
+    with progress.bar(Console(stderr=True, no_color=not colour(sys.stderr))) as report:
         yield report
-    finally:
-        if task is not None:
-            bar.stop()
 
 
 def host_options(command: F) -> F:
@@ -173,15 +156,36 @@ def host_options(command: F) -> F:
 
 
 def make_host(device: str, python: str, env: Sequence[str], model_paths: Sequence[str]) -> Host:
-    """The :class:`Host` that the options of :func:`host_options` describe."""
-    from fpforensics.common.engines.base import Host
+    """The :class:`Host` that the options of :func:`host_options` describe.
 
-    return Host(
+    Raises :class:`UsageError` for an interpreter that is not there, and
+    :class:`~fpforensics.common.errors.ReplayError` for a GPU that is not.
+    """
+    from fpforensics.common.engines.base import Host
+    from fpforensics.common.engines.preflight import require_host
+
+    host = Host(
         device=device,
         python=python,
         env=_pairs(env, "--env", "OMP_NUM_THREADS=1"),
         models=_pairs(model_paths, "--model-path", "mymodel=/path/to/checkpoint"),
     )
+    require_host(host)
+    return host
+
+
+def require_outputs(*paths: Path | None) -> None:
+    """Raise :class:`UsageError` for a file that could not be written: before the work, not after it."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageError(f"cannot write {path}: it is a folder", "name a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot write {path}: there is no folder {path.parent}", "make it, or name another one")
+        place = path if path.exists() and not path.is_file() else path.parent  # a device is written to, not replaced
+        if not os.access(place, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise UsageError(f"cannot write {path}: permission denied", "name a file that you can write")
 
 
 def _pairs(items: Sequence[str], option: str, example: str) -> dict[str, str]:
@@ -203,6 +207,9 @@ def completion_command(program: str) -> click.Command:
     def completion(ctx: click.Context, shell: str) -> None:
         from click.shell_completion import get_completion_class
 
+        from fpforensics.common.cli_specs import install_completion
+
+        install_completion()
         kind = get_completion_class(shell)
         assert kind is not None
         root = ctx.find_root().command

@@ -81,7 +81,18 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "attention": get_args(Attention),
     "matmul": get_args(Matmul),
 }
+_NOT_YET: Mapping[str, frozenset[str]] = {"backend": frozenset({"vllm"}), "concurrent_work": frozenset({"true"})}
+"""Values that evidence may hold and that no engine of this release runs: never offered."""
+_ONE_DEVICE = "1; more needs the vLLM engine, which is not part of this release"
+_FREE: Mapping[str, str] = {
+    "model": "embedded model, Hugging Face id, folder, or a name given to --model-path",
+    "revision": "branch, tag or commit of a Hugging Face id",
+    "weights": "sha256:… over the tensors as stored",
+    "tp": _ONE_DEVICE,
+    "ep": _ONE_DEVICE,
+}
 _INTEGERS = frozenset({"tensor_parallel", "expert_parallel", "batch_size", "emulate_tensor_parallel"})
+_FLAGS = frozenset({"compile", "concurrent_work"})
 _BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _MAX_INTEGER = 4096
 # Not part of what a config id names: which weights they are is the model's identity, not a way to run it.
@@ -138,6 +149,19 @@ def config_id(config: ExecutionConfig, base: ExecutionConfig | None = None) -> s
     return ",".join(differing) if differing else f"attn={config.attention},dtype={config.dtype}"
 
 
+def choices_of(key: str) -> tuple[str, ...]:
+    """The values that a short key takes, where they are a closed list; else nothing."""
+    field = KEYS[key]
+    values = ("true", "false") if field in _FLAGS else _CHOICES.get(field, ())
+    return tuple(value for value in values if value not in _NOT_YET.get(field, ()))
+
+
+def describe_keys() -> dict[str, str]:
+    """What each short key takes, in words: for ``--help``."""
+    numbers = f"1 to {_MAX_INTEGER}"
+    return {key: ", ".join(choices_of(key)) or _FREE.get(key, numbers) for key in KEYS}
+
+
 def _parse_assignments(spec: str, what: str) -> dict[str, Any]:
     if len(spec) > MAX_SPEC_LENGTH:
         raise UsageError(f"{what} of {len(spec)} characters", f"at most {MAX_SPEC_LENGTH}")
@@ -162,13 +186,13 @@ def _parse_value(field: str, key: str, value: str) -> str | int | bool:
                 f"{key}={shorten(value)!r} is not a whole number from 1 to {_MAX_INTEGER}", f"e.g. {key}=2"
             )
         return int(value)
-    if field in ("compile", "concurrent_work"):
+    if field in _FLAGS:
         if value.lower() not in _BOOLEANS:
             raise UsageError(f"{key}={shorten(value)!r} is not true or false", f"e.g. {key}=true")
         return _BOOLEANS[value.lower()]
     choices = _CHOICES.get(field)
     if choices is not None and value not in choices:
-        raise UsageError(f"unknown {field} {shorten(value)!r}", did_you_mean(value, choices))
+        raise UsageError(f"unknown {field} {shorten(value)!r}", did_you_mean(value, choices_of(_SHORT[field])))
     return value
 
 

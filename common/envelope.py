@@ -73,8 +73,9 @@ def verify(envelope: Envelope, keyring: Keyring, payload_type: str) -> tuple[byt
             f"the signature of key {named} does not fit: the bytes are not those that were signed",
             "fetch them again",
         )
+    count = f"{len(keyring)} key{'s' * (len(keyring) != 1)}"
     raise SignatureError(
-        f"no trusted key signed this: it names key {named!r}, and the keyring ({len(keyring)} keys) lacks it",
+        f"no trusted key signed this: it names key {named!r}, and the keyring ({count}) lacks it",
         "if you trust its owner, add their .pub file to the keyring: --key FILE.pub",
     )
 

@@ -78,6 +78,10 @@ class CancelledError(ReplayError):
     """The caller abandoned the work; not a failure of the evidence or of the engine."""
 
 
+class DeadlineError(ReplayError):
+    """The work took longer than the server gives it."""
+
+
 class NondeterminismError(ReplayError):
     """Repetitions of one config on one machine were not bit-identical."""
 

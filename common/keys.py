@@ -155,6 +155,12 @@ def generate(path: Path) -> PublicKey:
 def load_private(path: Path) -> PrivateKey:
     """The private key in ``path``. Refuses a file that anyone but its owner can read or write."""
     data, mode = _read(path, "private key", f"make one: prover keygen {path}")
+    if b"PUBLIC KEY" in data:
+        private = path.with_suffix("") if path.suffix == SUFFIX else None
+        raise UsageError(
+            f"{path} is a public key, the private one is needed",
+            f"give {private}" if private else "give the file that keygen wrote beside it",
+        )
     if os.name == "posix" and mode & _OTHERS:
         raise UsageError(
             f"private key {path} is open to others (mode {stat.S_IMODE(mode):04o})", f"run: chmod 600 {path}"
@@ -164,7 +170,7 @@ def load_private(path: Path) -> PrivateKey:
     except TypeError:
         raise UsageError(f"private key {path} is encrypted", "give an unencrypted key with mode 0600") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise UsageError(f"{path} holds no PEM private key", f"make one: prover keygen {path}") from None
+        raise UsageError(f"{path} holds no PEM private key", "make one: prover keygen FILE") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(f"private key {path} is not Ed25519", "make one: prover keygen FILE")
     return PrivateKey(key)

@@ -22,11 +22,20 @@ from fpforensics.common.weights import weights_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Checkpoint", "load_tokenizer", "resolve_model", "vocab_size", "weights_digest"]
+__all__ = [
+    "Checkpoint",
+    "context_length",
+    "load_tokenizer",
+    "num_layers",
+    "resolve_model",
+    "vocab_size",
+    "weights_digest",
+]
 
 INSTALL_HF = "pip install 'fpforensics[hf]'"
 MAX_NAME_LENGTH = 1024
 _MAX_CONFIG_BYTES = 1 << 24
+_MOST_STRETCHED = 1 << 10
 _FETCHED = ["*.safetensors", "*.json", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja"]
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HF_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
@@ -69,7 +78,8 @@ def resolve_model(
         return Checkpoint(name, folder.resolve(), "")
     if not _HF_ID.fullmatch(target):
         near = did_you_mean(target, {embedded.SMOLLM2, *own})
-        hint = f"{near} Or give a folder, or a Hugging Face id 'organization/name'"
+        joined = f"{near} Or" if near.endswith("?") else f"{near}; or"
+        hint = f"{joined} give a folder, or a Hugging Face id 'organization/name'"
         raise UsageError(f"unknown model {shorten(target)!r}: no such folder, and not a Hugging Face id", hint)
     return _from_hub(name, target, revision, allow_download)
 
@@ -101,6 +111,41 @@ def vocab_size(path: Path) -> int:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise UsageError(f"{path / 'config.json'} gives no vocab_size", "give the folder of a language model")
     return size
+
+
+def num_layers(path: Path) -> int | None:
+    """How many blocks the model in folder ``path`` has, by its ``config.json``; None where it does not say."""
+    return _stated(read_config(path), ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
+
+
+def context_length(path: Path) -> int | None:
+    """How many tokens the model in folder ``path`` takes, by its ``config.json``; None where it does not say.
+
+    Stretched rotary embeddings count with their factor: configs state the length before or after it.
+    """
+    config = read_config(path)
+    stated = _stated(config, ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"))
+    if stated is None:
+        return None
+    inner = config.get("text_config")
+    longest = stated
+    for holder in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("rope_scaling", "rope_parameters"):
+            scaling = holder.get(name)
+            factor = scaling.get("factor") if isinstance(scaling, dict) else None
+            if isinstance(factor, int | float) and 1 <= factor <= _MOST_STRETCHED:
+                longest = max(longest, int(stated * factor))
+    return longest
+
+
+def _stated(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    inner = config.get("text_config")
+    for holder in (config, inner if isinstance(inner, dict) else {}):
+        for name in names:
+            value = holder.get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -90,7 +90,18 @@ def make_access(options: AccessOptions) -> Access:
     return Access(**options)
 
 
+def max_seconds_option(what: str) -> Callable[[F], F]:
+    """``--max-seconds``: how long one ``what`` may run."""
+    return click.option(
+        "--max-seconds",
+        type=click.IntRange(min=1),
+        default=6 * 3600,
+        show_default=True,
+        help=f"Stop a {what} that runs longer.",
+    )
+
+
 def serve_until_stopped(server: RunningServer, address: str) -> None:
-    """Say where the server really listens, then serve until SIGTERM or SIGINT."""
+    """Say where the server really listens, then serve until SIGTERM or SIGINT and say so."""
     click.echo(f"listening on {address.rpartition(':')[0]}:{server.port}")
-    server.wait()
+    server.wait(stopping=lambda: click.echo("stopping", err=True))

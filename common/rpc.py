@@ -42,6 +42,7 @@ STATUS: Mapping[type[Error], grpc.StatusCode] = {
     errors.UnknownModelError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ReplayError: grpc.StatusCode.ABORTED,
     errors.CancelledError: grpc.StatusCode.CANCELLED,
+    errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
 }
 _BY_NAME: Mapping[str, type[Error]] = {
@@ -49,11 +50,30 @@ _BY_NAME: Mapping[str, type[Error]] = {
 }
 _HINTS: Mapping[grpc.StatusCode, str] = {
     grpc.StatusCode.UNAUTHENTICATED: "give the server's token file, or a client certificate that it accepts",
-    grpc.StatusCode.UNAVAILABLE: "check the address, that the server runs, and its TLS certificate",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "the server is busy or far away: try again",
     grpc.StatusCode.UNIMPLEMENTED: "is this the right service, and the same version?",
     grpc.StatusCode.INTERNAL: "the server's log says more",
     grpc.StatusCode.UNKNOWN: "the server's log says more",
 }
+# Words that gRPC uses when a connection fails or breaks, and the way out; the first that occur decide.
+_BROKEN: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("too many pings", "too_many_pings", "enhance_your_calm"),
+        "the server, or a proxy before it, forbids the pings that keep a quiet call alive: is it the same version?",
+    ),
+    (("resolving", "name not found"), "check the host's name"),
+    (
+        ("handshake", "certificate"),
+        "check the server's TLS certificate and whose certificates you trust, or that it uses TLS",
+    ),
+    (("expected settings frame", "http1"), "no gRPC server answers there: check the port"),
+    (("connection refused", "timed out"), "check the address and that the server runs"),
+    (
+        ("failed to connect",),
+        "check the address, that the server runs, and whether it asks for TLS or a client certificate",
+    ),
+)
+_BROKE_OFF = "the connection broke or the server stopped: try again when it runs"
 
 
 @dataclass(frozen=True)
@@ -144,6 +164,10 @@ def error_of(failure: grpc.RpcError) -> Error:
     said = _clean(failure.details() or "", MAX_MESSAGE_TEXT)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return LimitError(f"the server refused: {said}", "try again later, or send less")
+    if code == grpc.StatusCode.UNAVAILABLE:
+        heard = said.lower()
+        hint = next((hint for words, hint in _BROKEN if any(word in heard for word in words)), _BROKE_OFF)
+        return UnavailableError(f"no connection to the server: {said}" if said else "no connection to the server", hint)
     name = code.name.lower().replace("_", " ")
     return UnavailableError(f"the server answered {name}: {said}" if said else name, _HINTS.get(code, ""))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,20 +25,20 @@ from fpforensics.common.access import (
     read_token,
     require_guard,
     server_credentials,
+    split_address,
 )
 from fpforensics.common.errors import UsageError, shorten
 from fpforensics.common.rpc import ErrorBoundary
 
 MAX_RPCS = 64
 GRACE_SECONDS = 5.0
-_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not a port to share
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-)
+MIN_PING_MS = 10_000
+"""The shortest time between a client's pings on a quiet call; who pings more often is cut off (see ``KEEPALIVE_MS``)."""
+_OWN = "give an address of this machine"
+_PORT_REFUSED = {
+    errno.EADDRINUSE: "stop what listens there, or choose another port",
+    errno.EACCES: "choose a port from 1024",
+}
 
 
 class RunningServer:
@@ -59,10 +61,13 @@ class RunningServer:
         # A pipe, because a signal handler may not take the locks that an Event takes.
         self._asleep, self._waker = os.pipe()
 
-    def wait(self, grace: float = GRACE_SECONDS) -> None:
-        """Serve until SIGTERM, SIGINT or :meth:`stop`, then stop. A second signal does what it did before."""
+    def wait(self, grace: float = GRACE_SECONDS, stopping: Callable[[], None] = lambda: None) -> None:
+        """Serve until SIGTERM, SIGINT or :meth:`stop`, then call ``stopping`` and stop. A second signal does what it did
+        before.
+        """
         with _signals_wake(self._waker):
             os.read(self._asleep, 1)
+        stopping()
         self.stop(grace)
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
@@ -104,8 +109,9 @@ def start_server(
     if listen.token_file is not None:
         interceptors.insert(0, _TokenGate(read_token(listen.token_file), health_service))
     credentials = server_credentials(listen)
+    _require_free(listen.address)
     workers = ThreadPoolExecutor(MAX_RPCS, thread_name_prefix="rpc")
-    server = grpc.server(workers, interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=MAX_RPCS)
+    server = grpc.server(workers, interceptors=interceptors, options=_options(), maximum_concurrent_rpcs=MAX_RPCS)
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -117,11 +123,46 @@ def start_server(
     except RuntimeError:
         port = 0
     if port == 0:
-        raise UsageError(f"cannot listen on {shorten(listen.address)}", "is the port taken, or a TLS file damaged?")
+        way_out = "choose another address" if credentials is None else "is a TLS file damaged, or are they no pair?"
+        raise UsageError(f"cannot listen on {shorten(listen.address)}", way_out)
     server.start()
     for name in ("", service):
         health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
     return RunningServer(server, port, workers, health_service, on_stopping, on_stopped)
+
+
+def _options() -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.so_reuseport", 0),  # a port in use is an error, not a port to share
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+        ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, whose value has no "recv"; an unknown key is ignored.
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
+    )
+
+
+def _require_free(address: str) -> None:
+    """Raise :class:`UsageError` if ``address`` cannot be bound, before gRPC tries and prints what it found."""
+    host, port = split_address(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        raise UsageError(f"cannot listen on {shorten(address)}: no such host", _OWN) from None
+    refusals: list[int] = []
+    for family, kind, protocol, _, where in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: closed connections do not count
+                probe.bind(where)
+        except OSError as error:
+            refusals.append(error.errno or 0)
+    # localhost is two addresses: one that this machine lacks does no harm, one that is taken would be shared.
+    if errno.EADDRINUSE in refusals or len(refusals) == len(found):
+        number = errno.EADDRINUSE if errno.EADDRINUSE in refusals else refusals[0]
+        said = os.strerror(number).lower()
+        raise UsageError(f"cannot listen on {shorten(address)}: {said}", _PORT_REFUSED.get(number, _OWN))
 
 
 class _TokenGate(grpc.ServerInterceptor):

@@ -86,7 +86,8 @@ class VerifierServicer(object):
 
     def Check(self, request, context):
         """Replay a submitted bundle against a lineup: progress, then the verdict. Checks run one at a time and wait in line.
-        Cancelling the call stops the work, and then there is no verdict.
+        The last progress is repeated when nothing new was said for a while. Cancelling the call stops the work, and then
+        there is no verdict. Work that takes longer than the verifier gives it is answered DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +107,8 @@ class VerifierServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchVerdicts(self, request, context):
-        """Verdicts after a sequence number, those to come included, until the call is cancelled.
+        """Verdicts after a sequence number, those to come included, until the call is cancelled. An empty message (sequence 0)
+        comes at once and whenever nothing else was said for a while: it says that the verifier is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

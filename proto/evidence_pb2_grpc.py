@@ -58,7 +58,9 @@ class ProverServicer(object):
 
     def RunSession(self, request, context):
         """Generate, repeat, sign. Progress comes first, then the bundle in chunks, then its end. One session runs at a
-        time; another one is answered RESOURCE_EXHAUSTED at once. Cancelling the call stops the work.
+        time; another one is answered RESOURCE_EXHAUSTED at once. The last progress is repeated when nothing new was said
+        for a while. Cancelling the call stops the work; work that takes longer than the prover gives it is answered
+        DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, Self, cast
 
 from fpforensics.common.access import UNARY_SECONDS, Access, Connection
 from fpforensics.common.environment import Environment
-from fpforensics.common.errors import EvidenceError, UsageError
+from fpforensics.common.errors import EvidenceError, SignatureError, UsageError, shorten
+from fpforensics.common.keys import Keyring
 from fpforensics.common.rpc import MAX_BUNDLE_BYTES, receive_chunks, translated
 from fpforensics.proto import evidence_pb2 as pb
 from fpforensics.proto import evidence_pb2_grpc
@@ -34,6 +35,20 @@ class ProverDescription:
     tool_version: str
     models: tuple[str, ...]
     environment: Environment
+
+
+def require_known_signer(said: ProverDescription, keyring: Keyring, prover: str) -> None:
+    """Raise :class:`SignatureError` if a prover says that it signs with a key that is not in ``keyring``.
+
+    Saves a session that could only be refused. It proves nothing: the bundle's signature must still be verified.
+    """
+    if keyring.get(said.keyid) is None:
+        trusted = ", ".join(f"{key.keyid[:16]}…" for key in keyring.all()[:3]) or "none"
+        raise SignatureError(
+            f"the prover at {shorten(prover)} signs with key {shorten(said.keyid, 16)}, which is not trusted here "
+            f"(trusted: {trusted})",
+            "give the public key of this prover, or the address of the prover that you trust",
+        )
 
 
 class ProverClient:

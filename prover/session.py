@@ -22,12 +22,14 @@ import numpy as np
 from fpforensics.common.bundle import BundleWriter
 from fpforensics.common.config import ExecutionConfig, config_id
 from fpforensics.common.engines.base import Engine, EngineStarter, Host
+from fpforensics.common.engines.preflight import require_runnable
 from fpforensics.common.engines.remote import start_engine
+from fpforensics.common.engines.transformers_load import check_checkpoint
 from fpforensics.common.environment import describe_environment
 from fpforensics.common.errors import CancelledError, NondeterminismError, UsageError, shorten
 from fpforensics.common.evidence import Evidence, Repetitions, Row
 from fpforensics.common.keys import PrivateKey
-from fpforensics.common.models import load_tokenizer, resolve_model
+from fpforensics.common.models import context_length, load_tokenizer, num_layers, resolve_model, vocab_size
 from fpforensics.common.prompts import DEFAULT_INSTRUCTION, build_references, read_documents
 from fpforensics.common.sampling import check_sampling
 from fpforensics.common.signals import (
@@ -40,15 +42,18 @@ from fpforensics.common.signals import (
     Trace,
     first_divergence,
 )
+from fpforensics.common.strict import Limits
 
 MAX_REPETITIONS = 100
+MAX_TEMPERATURE = 1000
 MAX_NONCE_DIGITS = 128
 
 
 class SessionPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What to run. ``documents`` are ``builtin`` or files; ``nonce`` is the verifier's challenge (hex) or empty.
 
-    ``texts`` are (name, text) pairs given inline, used instead of ``documents`` when there are any.
+    ``texts`` are (name, text) pairs given inline, used instead of ``documents`` when there are any. A layer of ``capture``
+    beyond the model's depth is an error, unless it is one of the default ones and nobody named them (``layers_named``).
     """
 
     configs: tuple[ExecutionConfig, ...]
@@ -62,6 +67,7 @@ class SessionPlan(msgspec.Struct, frozen=True, kw_only=True):
     repetitions: int = 3
     allow_nondeterminism: bool = False
     nonce: str = ""
+    layers_named: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,11 @@ def run_session(
         ReplayError: a config could not run here.
         CancelledError: ``cancelled()`` became true.
     """
-    _check_plan(plan)
-    references = make_references(plan, host)
+    check_plan(plan)
+    require_runnable(plan.configs, host)
+    checkpoint = resolve_model(plan.configs[0].model, plan.configs[0].revision, host.models)
+    check_fit(plan, checkpoint.path)
+    references = make_references(plan, checkpoint.path)
     total = len(plan.configs) * plan.repetitions * len(references)
     with BundleWriter(output) as writer:
         entries = tuple(writer.add_reference(reference) for reference in references)
@@ -131,23 +140,55 @@ def run_session(
         return writer.finish(evidence, key)
 
 
-def make_references(plan: SessionPlan, host: Host) -> list[Reference]:
-    """The plan's prompts as token ids, with the tokenizer of its model."""
+def make_references(plan: SessionPlan, checkpoint: Path) -> list[Reference]:
+    """The plan's prompts as token ids, with the tokenizer in the folder ``checkpoint``.
+
+    Raises :class:`UsageError` where a prompt leaves no room for the new tokens in the model's context.
+    """
     from fpforensics.common.prompts import Document
 
-    model = plan.configs[0].model
-    checkpoint = resolve_model(model, plan.configs[0].revision, host.models)
     documents = [Document(name=name, text=text) for name, text in plan.texts] or read_documents(plan.documents)
-    return build_references(
+    references = build_references(
         documents,
-        load_tokenizer(checkpoint.path),
+        load_tokenizer(checkpoint),
         count=plan.references,
         prompt_tokens=plan.prompt_tokens,
         instruction=plan.instruction,
     )
+    longest = max(references, key=lambda reference: len(reference.prompt_ids))
+    _require_context(len(longest.prompt_ids), f"the prompt of {longest.id}", plan, checkpoint)
+    return references
 
 
-def _check_plan(plan: SessionPlan) -> None:
+def check_fit(plan: SessionPlan, checkpoint: Path) -> None:
+    """Raise :class:`UsageError` for what the model in the folder ``checkpoint`` cannot do, by its ``config.json``."""
+    for config in plan.configs:
+        check_checkpoint(config, checkpoint)
+    depth, layers = num_layers(checkpoint), plan.capture.layers
+    named = plan.layers_named or layers != CapturePlan().layers
+    for layer in layers if named and depth is not None else ():
+        if layer != LAST and int(layer) > depth:
+            raise UsageError(
+                f"layer {layer}: the model has {depth} blocks", f"name blocks from 1 to {depth}, or {LAST!r}"
+            )
+    if plan.capture.top_k > vocab_size(checkpoint):
+        raise UsageError(
+            f"top-k {plan.capture.top_k}: the model's vocabulary has {vocab_size(checkpoint)} tokens", "ask for fewer"
+        )
+    _require_context(plan.prompt_tokens, "the prompt", plan, checkpoint)
+
+
+def _require_context(prompt: int, what: str, plan: SessionPlan, checkpoint: Path) -> None:
+    context, new = context_length(checkpoint), plan.sampling.max_new_tokens
+    if context is not None and prompt + new > context:
+        raise UsageError(
+            f"{prompt} tokens in {what} and {new} new tokens are more than the {context} that the model takes",
+            "ask for fewer of either",
+        )
+
+
+def check_plan(plan: SessionPlan) -> None:
+    """Raise :class:`UsageError` for a plan that no model could carry out, or that no bundle could hold."""
     if not plan.configs:
         raise UsageError("a session without configs", "give at least one, e.g. --config attn=sdpa")
     if len(set(plan.configs)) < len(plan.configs):
@@ -155,26 +196,30 @@ def _check_plan(plan: SessionPlan) -> None:
     models = sorted({config.model for config in plan.configs})
     if len(models) > 1:
         raise UsageError(f"a session over several models: {', '.join(models)}", "run one session for each model")
-    if not 1 <= plan.repetitions <= MAX_REPETITIONS:
-        raise UsageError(f"{plan.repetitions} repetitions", f"from 1 to {MAX_REPETITIONS}; 3 is the default")
+    limits = Limits()
+    for name, value, least, most in (
+        ("configs", len(plan.configs), 1, limits.rows),
+        ("references", plan.references, 1, limits.references),
+        ("prompt tokens", plan.prompt_tokens, 1, limits.prompt_tokens),
+        ("new tokens", plan.sampling.max_new_tokens, 1, limits.output_tokens),
+        ("temperature", plan.sampling.temperature, 0, MAX_TEMPERATURE),
+        ("seed", plan.sampling.seed, 0, (1 << 64) - 1),
+        ("top-k", plan.capture.top_k, 1, limits.width),
+        ("prefill positions", plan.capture.prefill_positions, 0, limits.prompt_tokens),
+        ("decode positions", plan.capture.decode_positions, 0, limits.output_tokens),
+        ("repetitions", plan.repetitions, 1, MAX_REPETITIONS),
+    ):
+        if not least <= value <= most:
+            raise UsageError(f"{name} {value}", f"from {least} to {most}")
     check_sampling(plan.sampling)
     if not re.fullmatch(r"([0-9a-f]{2})*", plan.nonce) or len(plan.nonce) > MAX_NONCE_DIGITS:
         raise UsageError(f"nonce {shorten(plan.nonce)!r}", f"an even number of hex digits, at most {MAX_NONCE_DIGITS}")
     layers = plan.capture.layers
     for layer in layers:
-        if layer != LAST and not re.fullmatch(r"[1-9][0-9]{0,3}", layer):
-            raise UsageError(f"layer {shorten(layer)!r}", f"a block number from 1, or {LAST!r}")
+        if layer != LAST and (not re.fullmatch(r"[1-9][0-9]{0,3}", layer) or int(layer) > limits.layers):
+            raise UsageError(f"layer {shorten(layer)!r}", f"a block number from 1 to {limits.layers}, or {LAST!r}")
     if len(set(layers)) < len(layers):
         raise UsageError(f"layers {','.join(layers)} name one twice", "give each once")
-    for name, value in (
-        ("references", plan.references),
-        ("prompt tokens", plan.prompt_tokens),
-        ("top-k", plan.capture.top_k),
-        ("prefill positions + 1", plan.capture.prefill_positions + 1),
-        ("decode positions + 1", plan.capture.decode_positions + 1),
-    ):
-        if value < 1:
-            raise UsageError(f"{value} {name}", "give at least 1")
 
 
 def _row_name(config: ExecutionConfig, configs: Sequence[ExecutionConfig], index: int) -> str:

@@ -7,18 +7,31 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
+import grpc
+
 from fpforensics.common.access import UNARY_SECONDS, Access, Connection
-from fpforensics.common.errors import SignatureError, shorten
+from fpforensics.common.errors import Error, NotFoundError, SignatureError, UnavailableError, UsageError, shorten
 from fpforensics.common.keys import Keyring
-from fpforensics.common.rpc import translated
+from fpforensics.common.rpc import error_of, translated
 from fpforensics.proto import audit_pb2 as pb
 from fpforensics.proto import audit_pb2_grpc
 from fpforensics.verifier.verdict import VerifiedVerdict, open_verdict
 
+MIN_PREFIX, ID_DIGITS = 6, 32
+RETRY_SECONDS = (1.0, 30.0)
+"""How long a lost connection is left alone: at first, doubled each time, and at most."""
+
 _LIED = "do not rely on this server; tell its operator"
+_RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+def _say_nothing(_error: Error, _after: int, _seconds: float) -> None:
+    """Nobody is told."""
 
 
 class AuditorClient:
@@ -51,6 +64,27 @@ class AuditorClient:
             )
         return verdict
 
+    def find(self, name: str) -> VerifiedVerdict:
+        """The verdict whose id is ``name`` or, for at least :data:`MIN_PREFIX` of its hex digits, begins with them.
+
+        Raises :class:`NotFoundError` for none, :class:`UsageError` for a beginning that is too short or that several have.
+        """
+        start = name.rstrip("….").lower()
+        if not re.fullmatch(rf"[0-9a-f]{{1,{ID_DIGITS - 1}}}", start):
+            return self.get(name)
+        if len(start) < MIN_PREFIX:
+            raise UsageError(f"verdict id {shorten(name)!r} is too short", f"give at least {MIN_PREFIX} of its digits")
+        found = [verdict for verdict in self.list() if verdict.predicate.verdict_id.startswith(start)]
+        if not found:
+            raise NotFoundError(f"no verdict whose id begins with {start!r} here", "list them")
+        if len(found) > 1:
+            names = ", ".join(shorten(verdict.predicate.verdict_id, ID_DIGITS) for verdict in found[:3])
+            raise UsageError(
+                f"{len(found)} verdicts have ids that begin with {start!r}",
+                f"give more digits: {names}{', …' if len(found) > 3 else ''}",
+            )
+        return found[0]
+
     def list(self, after: int = 0) -> Iterator[VerifiedVerdict]:
         """Every verdict after a sequence number, in order."""
         more = True
@@ -72,14 +106,39 @@ class AuditorClient:
         """Like :meth:`list`, and then those to come, until the iterator is closed or the server stops
         (:class:`~fpforensics.common.errors.UnavailableError`).
         """
-        call = self._stub.WatchVerdicts(
-            pb.WatchVerdictsRequest(after=after), timeout=timeout, metadata=self._connection.metadata
-        )
-        try:
-            with translated():
-                yield from self._in_order(call, after)
-        finally:
-            call.cancel()
+        with translated():
+            for verdict in self._watch(after, timeout):
+                if verdict is not None:
+                    yield verdict
+
+    def follow(
+        self,
+        after: int = 0,
+        *,
+        lost: Callable[[Error, int, float], None] = _say_nothing,
+        pause: Callable[[float], object] = time.sleep,
+    ) -> Iterator[VerifiedVerdict]:
+        """Like :meth:`watch`, but once the server has answered, a lost connection is made again, for ever, and no verdict is
+        lost or repeated. Before each attempt ``lost`` is called with what happened, the last sequence number and the seconds
+        until then.
+        """
+        first, most = RETRY_SECONDS
+        answered, seconds = False, first
+        while True:
+            try:
+                for verdict in self._watch(after, None):
+                    answered, seconds = True, first
+                    if verdict is not None:
+                        after = verdict.predicate.sequence
+                        yield verdict
+                error: Error = UnavailableError("the server ended the stream")
+            except grpc.RpcError as failure:
+                error = error_of(failure)
+                if not answered or failure.code() not in _RETRIED:
+                    raise error from None
+            lost(error, after, seconds)
+            pause(seconds)
+            seconds = min(2 * seconds, most)
 
     def close(self) -> None:
         """Close the connection."""
@@ -90,6 +149,22 @@ class AuditorClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _watch(self, after: int, timeout: float | None) -> Iterator[VerifiedVerdict | None]:
+        """Verdicts as they come; None each time the server says no more than that it is there."""
+        call = self._stub.WatchVerdicts(
+            pb.WatchVerdictsRequest(after=after), timeout=timeout, metadata=self._connection.metadata
+        )
+        try:
+            for message in call:
+                if message == pb.Verdict():
+                    yield None
+                    continue
+                for verdict in self._in_order([message], after):
+                    after = verdict.predicate.sequence
+                    yield verdict
+        finally:
+            call.cancel()
 
     def _in_order(self, messages: Any, after: int) -> Iterator[VerifiedVerdict]:
         for message in messages:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import combinations
 
 import msgspec
 
@@ -24,20 +22,20 @@ from fpforensics.common.config import (
     parse_claim,
     parse_config,
 )
-from fpforensics.common.engines.base import EngineFacts, EngineStarter, Host, ReplayMode
+from fpforensics.common.engines.base import EngineStarter, Host, ReplayMode
+from fpforensics.common.engines.preflight import require_runnable
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.environment import Environment, describe_environment
 from fpforensics.common.errors import LimitError, UnknownModelError, UsageError, did_you_mean, shorten
 from fpforensics.common.evidence import Row
 from fpforensics.common.models import resolve_model, vocab_size, weights_digest
-from fpforensics.common.signals import Trace
-from fpforensics.verifier import decision
+from fpforensics.verifier.collector import ANCHOR_PREFIX, Checked, Collector, MemberReport
 from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows, decide_row
-from fpforensics.verifier.distance import Cell, trace_distances
-from fpforensics.verifier.environment_diff import Difference, compare_environments
+from fpforensics.verifier.environment_diff import Difference, compare_environments, fields_under_test
 from fpforensics.verifier.intake import VerifiedBundle
-from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrices, kernel_classes
-from fpforensics.verifier.replay import Member, MemberReplay, Report, anchor_of, fingerprint, run_lineup
+from fpforensics.verifier.matrix import MatrixReport, build_matrices
+from fpforensics.verifier.profile import Profile, built_in_profile
+from fpforensics.verifier.replay import Member, Report, anchor_of, run_lineup
 
 # Quantized formats with products of their own, which no other path replaces.
 OWN_MATMUL = ("bnb-int8", "awq", "gptq")
@@ -64,7 +62,6 @@ COUNTER_VALUES: Mapping[str, tuple[str, ...]] = {
     "expert_parallel": ("ep=1", "ep=2"),
     "concurrent_work": ("concurrent=false", "concurrent=true"),
 }
-ANCHOR_PREFIX = "anchor:"
 MAX_LINEUP = 64
 MAX_REPLAYED_TOKENS = 1 << 28
 """Tokens, over references, rows, batch and lineup, that one check may be made to compute."""
@@ -74,7 +71,8 @@ class CheckPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What to check. An empty ``claim`` checks each row against its own declaration.
 
     ``lineup`` holds config specs, each a change to the first checked row's claimed config; empty is a default one. ``using`` is a spec of
-    how the verifier runs the replays (e.g. ``matmul=fp32-rounded``) and is no part of any claim.
+    how the verifier runs the replays (e.g. ``matmul=fp32-rounded``) and is no part of any claim. ``profile`` is the calibration to
+    decide by; None is the built-in one.
     """
 
     claim: str = ""
@@ -82,17 +80,7 @@ class CheckPlan(msgspec.Struct, frozen=True, kw_only=True):
     mode: ReplayMode = "decode"
     row: str = ""
     using: str = ""
-
-
-class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One member of the lineup: what it stands for, what ran, how long it took, or why it was skipped."""
-
-    id: str
-    config: ExecutionConfig
-    runs_as: ExecutionConfig
-    facts: EngineFacts | None
-    seconds: float
-    skipped: str
+    profile: Profile | None = None
 
 
 class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,17 +104,6 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
     verifier_environment: Environment
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """One row under one claim: ``label`` names the claimed config, in matrices and among the lineup."""
-
-    row: Row
-    claim: Claim
-    config: ExecutionConfig
-    label: str
-    anchor: ExecutionConfig | None
-
-
 def check_bundle(
     bundle: VerifiedBundle,
     plan: CheckPlan,
@@ -143,15 +120,22 @@ def check_bundle(
         ReplayError: a config that was asked for cannot run here.
     """
     checked = _rows_to_check(bundle, plan)
+    members, rows = _plan_replays(checked, plan)
+    require_runnable(
+        (member.runs_as for member in members if not member.optional), host
+    )  # before any weights are hashed
     for each in checked:
         _require_known_model(each, plan, host)
-    members, rows = _plan_replays(checked, plan)
     _require_bounded(bundle, members, rows)
     members = _pinned(members, host)
     verifier_environment = describe_environment(host.env)
-    collected = _Collector(bundle, checked)
-    for replay in run_lineup(bundle, members, rows, plan.mode, host, report, cancelled, start):
+    collected = Collector(bundle, checked)
+    # Anchors first: the others' own noise is measured against them.
+    anchors = {each.anchor for each in checked}
+    ordered = sorted(members, key=lambda member: member.config not in anchors)
+    for replay in run_lineup(bundle, ordered, rows, plan.mode, host, report, cancelled, start):
         collected.add(replay)
+    collected.in_order([member.id for member in members])
     lineup = [each for each in collected.reports if not each.id.startswith(ANCHOR_PREFIX)]
     classes = collected.kernel_classes()
     verdicts = tuple(
@@ -162,6 +146,7 @@ def check_bundle(
             noise=collected.noise_floor(each),
             kernel_classes=classes,
             identity_only=each.claim.assertions.keys() <= {"model"},
+            calibration=collected.calibration(each, plan.profile or built_in_profile()),
         )
         for each in checked
     )
@@ -185,12 +170,16 @@ def check_bundle(
             checked[0].row.facts,
             verifier_environment,
             collected.claimed_facts(checked[0]),
+            mode=plan.mode,
+            tested=fields_under_test(
+                parse_claim(plan.claim) if plan.claim else None, [member.config for member in lineup]
+            ),
         ),
         verifier_environment=verifier_environment,
     )
 
 
-def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[_Checked]:
+def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[Checked]:
     """The named row; else, with a claim, the rows that declare it, or all if none does; else every row."""
     rows = list(bundle.evidence.rows)
     if plan.row:
@@ -207,7 +196,7 @@ def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[_Checked]:
                 )
     if claim is not None and not plan.row:
         rows = [row for row in rows if claim.holds_for(row.config)] or rows
-    checked: list[_Checked] = []
+    checked: list[Checked] = []
     for row in rows:
         own = claim or claim_of(row.config)
         config = _runnable(own.applied_to(_without_identity(row.config)), own)
@@ -219,7 +208,7 @@ def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[_Checked]:
                     f"rows {shorten(other.row.config_id)!r} and {shorten(row.config_id)!r} are one config under this claim",
                     "check one of them: --row ID",
                 )
-        checked.append(_Checked(row, own, config, label, anchor_of(config)))
+        checked.append(Checked(row, own, config, label, anchor_of(config)))
     return checked
 
 
@@ -243,7 +232,7 @@ def _without_identity(config: ExecutionConfig) -> ExecutionConfig:
     return msgspec.structs.replace(config, weights_digest="", revision="")
 
 
-def _require_known_model(each: _Checked, plan: CheckPlan, host: Host) -> None:
+def _require_known_model(each: Checked, plan: CheckPlan, host: Host) -> None:
     """A bundle must not choose which files a verifier opens or downloads: only models the verifier's user named."""
     named = {config.model for spec in (plan.claim, *plan.lineup) for config in [parse_config(spec)] if "model=" in spec}
     for model in {each.config.model, each.row.config.model}:
@@ -270,7 +259,7 @@ def _require_known_model(each: _Checked, plan: CheckPlan, host: Host) -> None:
         )
 
 
-def _plan_replays(checked: Sequence[_Checked], plan: CheckPlan) -> tuple[list[Member], dict[str, Sequence[Row]]]:
+def _plan_replays(checked: Sequence[Checked], plan: CheckPlan) -> tuple[list[Member], dict[str, Sequence[Row]]]:
     """The lineup (claimed, declared and alternative configs) and the anchors, with the rows that each replays."""
     rows = [each.row for each in checked]
     base = _naming_base(checked[0].config, rows[0].config.model)
@@ -340,89 +329,3 @@ def _run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
         )
     wanted = parse_config(using, config)
     return config if _runnable(wanted) != wanted else wanted
-
-
-class _Collector:
-    """Turns replays into distances as they come, and keeps only the traces that the noise floor still needs."""
-
-    def __init__(self, bundle: VerifiedBundle, checked: Sequence[_Checked]) -> None:
-        self._bundle = bundle
-        self._checked = checked
-        self._configs: dict[str, ExecutionConfig] = {}
-        self._fingerprints: dict[str, tuple[str, ...]] = {}
-        self._kept: dict[tuple[ExecutionConfig, str], Sequence[Trace]] = {}
-        self._distances: dict[tuple[str, str], dict[str, dict[Cell, float]]] = {}  # (label, member) -> reference -> …
-        self.reports: list[MemberReport] = []
-        self.measurements: list[Measurement] = []
-
-    def add(self, replay: MemberReplay) -> None:
-        """Measure one member's replay against every row it replayed."""
-        member = replay.member
-        self.reports.append(
-            MemberReport(
-                id=member.id,
-                config=member.config,
-                runs_as=member.runs_as,
-                facts=replay.facts,
-                seconds=replay.seconds,
-                skipped=replay.skipped,
-            )
-        )
-        if replay.skipped:
-            return
-        needed = {config for each in self._checked for config in (each.config, each.anchor) if config}
-        for each in self._checked:
-            traces = replay.traces.get(each.row.config_id)
-            if traces is None:
-                continue
-            if member.config in needed:
-                self._kept[member.config, each.label] = traces
-            # An anchor that contradicts the claim is a member like any other, for the row that it anchors.
-            if not member.id.startswith(ANCHOR_PREFIX) or not each.claim.holds_for(member.config):
-                self._measure(each, member, traces)
-        self._configs[member.id] = member.config
-        if not member.id.startswith(ANCHOR_PREFIX):
-            self._fingerprints[member.id] = tuple(
-                fingerprint(replay.traces[each.row.config_id]) for each in self._checked
-            )
-
-    def _measure(self, each: _Checked, member: Member, traces: Sequence[Trace]) -> None:
-        for trace in traces:
-            distances = trace_distances(self._bundle.trace(each.row, trace.reference_id), trace)
-            self._distances.setdefault((each.label, member.id), {})[trace.reference_id] = distances
-            self.measurements.append(
-                Measurement(row=each.label, column=member.id, reference_id=trace.reference_id, distances=distances)
-            )
-
-    def kernel_classes(self) -> tuple[tuple[str, ...], ...]:
-        """Members whose replays are bit-identical on this machine."""
-        return kernel_classes(
-            (a, b) for a, b in combinations(self._fingerprints, 2) if self._fingerprints[a] == self._fingerprints[b]
-        )
-
-    def members_of(self, each: _Checked) -> list[decision.Member]:
-        """The lineup as the decision sees it for one row."""
-        return [
-            decision.Member(id=name, fits=each.claim.holds_for(config), per_reference=self._distances[each.label, name])
-            for name, config in self._configs.items()
-            if (each.label, name) in self._distances
-        ]
-
-    def noise_floor(self, each: _Checked) -> dict[Cell, float]:
-        """Per cell, the distance between the claimed config's replay and its anchor's, mean over references."""
-        totals: dict[Cell, list[float]] = {}
-        if each.anchor is None:  # a floor of 0 is no floor: only equality can decide then
-            (cells, *_) = self._distances[each.label, each.label].values()
-            return dict.fromkeys(cells, 0.0)
-        pairs = zip(self._kept[each.config, each.label], self._kept[each.anchor, each.label], strict=True)
-        for claimed, anchor in pairs:
-            for cell, distance in trace_distances(claimed, anchor).items():
-                totals.setdefault(cell, []).append(distance)
-        return {cell: sum(values) / len(values) for cell, values in totals.items()}
-
-    def claimed_facts(self, each: _Checked) -> EngineFacts:
-        """What ran when the claimed config was replayed."""
-        facts: Mapping[ExecutionConfig, EngineFacts | None] = {report.config: report.facts for report in self.reports}
-        found = facts[each.config]
-        assert found is not None, "the claimed config is never skipped"
-        return found

@@ -1,7 +1,9 @@
-"""The interim rule: does the evidence of one row fit the claim, given a lineup of replays and a noise floor?
+"""Does the evidence of one row fit the claim, given a lineup of replays and a noise floor?
 
-A later release replaces this rule by calibrated error rates. This one has none: both its thresholds are fixed
-numbers. Arithmetic on distances alone: no I/O, no engine.
+Equality is looked at first (rules 1 and 2). Then the calibrated rule of :mod:`fpforensics.verifier.calibrated` decides, at a
+measured error rate, where a profile covers the claimed config and the evidence holds the early layers. Where none does, the
+rules below decide: both their thresholds are fixed numbers, without an error rate. Arithmetic on distances alone: no I/O,
+no engine.
 
 Every distance is expressed in units of its cell's noise floor: the distance between the verifier's own replay
 of the claimed config and its anchor, the same config replayed in a wider dtype. A member's score D is the
@@ -31,16 +33,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from statistics import fmean
-from typing import Literal
 
 import msgspec
 
 from fpforensics.common.errors import Error, ReplayError, UsageError, shorten
 from fpforensics.common.signals import PHASES, SIGNALS
+from fpforensics.verifier.calibrated import Calibration, Judgement, judge
+from fpforensics.verifier.calibrated import Verdict as Verdict
 from fpforensics.verifier.distance import Cell
 from fpforensics.verifier.matrix import Classes, Ratio, labels, ratio
-
-Verdict = Literal["CONSISTENT", "INCONSISTENT", "INCONCLUSIVE"]
 
 MAX_FLOORS = 2.0
 """Noise floors from the claimed config that rounding may explain: honest evidence measured 0 to 1.16, int8 weights 2.2."""
@@ -78,7 +79,7 @@ class MemberScore(msgspec.Struct, frozen=True, kw_only=True):
     """One member's score. ``floors`` is D, None if no cell had a usable noise floor.
 
     ``nearest_in`` counts the references, each taken alone, to which this member is nearest (ties count for
-    each).
+    each). ``p_value`` says how often honest evidence of this config would look like this, where a profile was used.
     """
 
     id: str
@@ -86,6 +87,8 @@ class MemberScore(msgspec.Struct, frozen=True, kw_only=True):
     floors: float | None
     bit_identical: bool
     nearest_in: int
+    p_value: float | None = None
+    rejected: bool = False
 
 
 class NoiseFloor(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,7 +104,9 @@ class RowVerdict(msgspec.Struct, frozen=True, kw_only=True):
 
     ``snr`` is D_out / D_in, None when infinite (see the flag) or when nothing contradicts the claim;
     ``floors`` is D_in. ``kernel_class`` holds the members that this machine cannot tell from the claimed
-    config, itself included, or nothing. ``scores`` are ordered best first.
+    config, itself included, or nothing. ``scores`` are ordered best first. ``calibration`` names the profile that decided,
+    at level ``alpha`` and with the claim's ``p_value``, or is empty. ``positions`` is how many positions of one prompt the
+    evidence was worth, ``prompts_needed`` how many prompts may settle what is inconclusive.
     """
 
     config_id: str
@@ -120,6 +125,11 @@ class RowVerdict(msgspec.Struct, frozen=True, kw_only=True):
     scores: tuple[MemberScore, ...]
     noise: tuple[NoiseFloor, ...]
     reasons: tuple[str, ...]
+    calibration: str = ""
+    alpha: float | None = None
+    p_value: float | None = None
+    positions: int | None = None
+    prompts_needed: int | None = None
 
 
 def decide_row(
@@ -130,10 +140,12 @@ def decide_row(
     noise: Mapping[Cell, float],
     kernel_classes: Classes = (),
     identity_only: bool = False,
+    calibration: Calibration | None = None,
 ) -> RowVerdict:
     """Apply the rule to one row. ``config_id`` is the id of the claimed config's member.
 
-    ``identity_only``: the claim is about which model it is, and nothing else.
+    ``identity_only``: the claim is about which model it is, and nothing else. ``calibration`` is given where a profile covers
+    the claimed config.
     ``noise`` must hold every cell that the members hold. Raises :class:`UsageError` if no member fits the
     claim, :class:`ReplayError` for a value that is not finite and at least 0, and :class:`Error` if members
     hold different cells.
@@ -146,7 +158,20 @@ def decide_row(
     d_in = fitting[0].floors
     snr = ratio(contradicting[0].floors, d_in) if contradicting else Ratio()
     claimed = next((score for score in fitting if score.id == config_id), fitting[0])
-    verdict, reasons = _decide(claimed, fitting, contradicting, identity_only)
+    judgement: Judgement | None = None
+    if calibration is not None and not any(score.bit_identical for score in scores):
+        judgement = judge(
+            claimed.id,
+            [score.id for score in fitting],
+            [score.id for score in contradicting],
+            calibration,
+            kernel_classes,
+            identity_only,
+        )
+        verdict, reasons = judgement.verdict, judgement.reasons
+        scores = [_with_p(score, judgement, calibration.alpha) for score in scores]
+    else:
+        verdict, reasons = _decide(claimed, fitting, contradicting, identity_only)
     unused = [cell for cell in sorted(noise) if cell not in used]
     if unused and used:
         reasons += (f"left out, having no noise floor: {', '.join(map(str, unused))}",)
@@ -168,6 +193,11 @@ def decide_row(
         scores=tuple(scores),
         noise=tuple(NoiseFloor(cell=cell, noise=noise[cell], used=cell in used) for cell in sorted(noise)),
         reasons=reasons,
+        calibration=calibration.profile if calibration is not None and judgement else "",
+        alpha=calibration.alpha if calibration is not None and judgement else None,
+        p_value=judgement.p if judgement else None,
+        positions=calibration.scores.positions if calibration is not None and judgement else None,
+        prompts_needed=judgement.prompts_needed if judgement else None,
     )
 
 
@@ -230,6 +260,13 @@ def _decide(
     # 7.
     alike = [score.id for score in contradicting if not ratio(score.floors, d_in).exceeds(MIN_RATIO)]
     return "INCONCLUSIVE", (resting, f"not told apart from {_list(alike)}, which contradict the claim")
+
+
+def _with_p(score: MemberScore, judgement: Judgement, alpha: float) -> MemberScore:
+    tested = judgement.tested.get(score.id)
+    if tested is None:
+        return score
+    return msgspec.structs.replace(score, p_value=tested.p, rejected=tested.rejected(alpha))
 
 
 def _better(fitting: MemberScore, contradicting: Sequence[MemberScore]) -> tuple[str, ...]:

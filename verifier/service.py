@@ -28,8 +28,9 @@ from fpforensics.common.errors import (
     did_you_mean,
     shorten,
 )
+from fpforensics.common.journal import logged
 from fpforensics.common.keys import Keyring, PrivateKey
-from fpforensics.common.lane import Cancelled, Lane, Report, Slots, deadline
+from fpforensics.common.lane import HEARTBEAT_SECONDS, WORK_SECONDS, Cancelled, Lane, Report, Slots, deadline
 from fpforensics.common.rpc import MAX_BUNDLE_BYTES, receive_chunks, require_short
 from fpforensics.common.serving import RunningServer, start_server
 from fpforensics.proto import audit_pb2 as pb
@@ -38,7 +39,7 @@ from fpforensics.proto.evidence_pb2 import Chunk
 from fpforensics.verifier.check import MAX_LINEUP, CheckPlan, CheckResult, check_bundle
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
 from fpforensics.verifier.store import Store, StoredBundle, StoredVerdict
-from fpforensics.verifier.verdict import new_verdict_id, sign_verdict
+from fpforensics.verifier.verdict import new_verdict_id, require_signable, sign_verdict
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Verifier"].full_name
 MAX_UPLOADS, MAX_WATCHERS, MAX_WAITING_CHECKS = 8, 24, 8
@@ -72,7 +73,8 @@ class VerifierConfig:
     """How to serve. ``key`` signs verdicts; ``keyring`` says whose bundles are taken; ``store`` is a folder.
 
     ``require_challenge`` takes only bundles that answer this verifier's own challenge within ``nonce_seconds``; an
-    upload may last ``upload_seconds``. ``using`` is how replays run (see :class:`CheckPlan`).
+    upload may last ``upload_seconds``, a check ``max_seconds`` once its turn has come. What has nothing new to say for
+    ``heartbeat_seconds`` says so. ``using`` is how replays run (see :class:`CheckPlan`).
     """
 
     key: PrivateKey
@@ -84,6 +86,8 @@ class VerifierConfig:
     require_challenge: bool = False
     nonce_seconds: int = 6 * 3600
     upload_seconds: float = 3600.0
+    max_seconds: float = WORK_SECONDS
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
     max_bundle_bytes: int = MAX_BUNDLE_BYTES
     check: Checker = check_bundle
 
@@ -113,13 +117,16 @@ class VerifierServicer(audit_pb2_grpc.VerifierServicer):
         self._config = config
         self._store = store
         self._models = {DEFAULT_MODEL, *config.host.models}
-        self._checks = Lane("check", waiting=MAX_WAITING_CHECKS)
+        self._checks = Lane(
+            "check", waiting=MAX_WAITING_CHECKS, seconds=config.max_seconds, heartbeat=config.heartbeat_seconds
+        )
         self._uploads = Slots("uploads", MAX_UPLOADS)
         self._watchers = Slots("watchers", MAX_WATCHERS)
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """Let the watchers go."""
+        """End the check under way and those that wait, and let the watchers go."""
+        self._checks.stop(UnavailableError("the verifier is stopping", "check again when it serves"))
         self._stopping.set()
         self._store.wake()
 
@@ -138,12 +145,19 @@ class VerifierServicer(audit_pb2_grpc.VerifierServicer):
     ) -> pb.SubmitReply:
         """Receive, run the whole intake, and only then keep."""
         config = self._config
-        with self._uploads.taken(), deadline(context, config.upload_seconds), self._store.spool() as spool:
+        with (
+            logged("submission", context) as entry,
+            self._uploads.taken(),
+            deadline(context, config.upload_seconds),
+            self._store.spool() as spool,
+        ):
             header = _header(requests, config.max_bundle_bytes)
+            entry.note(bytes=header.size)
             received = receive_chunks(_chunks(requests), spool.file, limit=header.size)
             received.require(header.size, header.sha256)
             spool.file.flush()
             with open_bundle(spool.path, config.keyring) as bundle:
+                entry.note(bundle=bundle.digest, signer=bundle.signer.keyid)
                 self._require_models({row.config.model for row in bundle.evidence.rows})
                 bundle.verify_all()
                 kept = self._store.adopt(
@@ -153,21 +167,25 @@ class VerifierServicer(audit_pb2_grpc.VerifierServicer):
                     bundle.evidence.nonce,
                     require_challenge=config.require_challenge,
                 )
+            entry.note(challenged="yes" if kept.challenged else "no")
         return pb.SubmitReply(bundle_digest=kept.digest, signer=kept.signer, challenged=kept.challenged)
 
     def Check(self, request: pb.CheckRequest, context: grpc.ServicerContext) -> Iterator[pb.CheckEvent]:  # noqa: N802
         """Progress while the replays run, then the verdict."""
-        plan = self._plan(request)
-        stored = self._store.bundle(require_short("bundle digest", request.bundle_digest, _MAX_ID))
+        with logged("check", context, bundle=request.bundle_digest, claim=request.claim) as entry:
+            plan = self._plan(request)
+            stored = self._store.bundle(require_short("bundle digest", request.bundle_digest, _MAX_ID))
 
-        def work(report: Report, cancelled: Cancelled) -> CheckResult:
-            # Opened again: the file may have changed on disk since it was taken.
-            with open_bundle(stored.path, self._config.keyring) as bundle:
-                return self._config.check(bundle, plan, self._config.host, report, cancelled)
+            def work(report: Report, cancelled: Cancelled) -> CheckResult:
+                # Opened again: the file may have changed on disk since it was taken.
+                with open_bundle(stored.path, self._config.keyring) as bundle:
+                    require_signable(bundle.evidence, plan)
+                    return self._config.check(bundle, plan, self._config.host, report, cancelled)
 
-        result = yield from self._checks.run(context, work, lambda now: pb.CheckEvent(progress=now))
-        verdict = self._store.append_verdict(lambda sequence: self._seal(result, stored, sequence))
-        yield pb.CheckEvent(verdict=_message(verdict))
+            result = yield from self._checks.run(context, work, lambda now: pb.CheckEvent(progress=now))
+            verdict = self._store.append_verdict(lambda sequence: self._seal(result, stored, sequence))
+            entry.note(outcome=verdict.outcome, verdict=verdict.verdict_id, sequence=verdict.sequence)
+            yield pb.CheckEvent(verdict=_message(verdict))
 
     def GetVerdict(self, request: pb.GetVerdictRequest, context: grpc.ServicerContext) -> pb.Verdict:  # noqa: N802
         """One verdict."""
@@ -189,7 +207,7 @@ class VerifierServicer(audit_pb2_grpc.VerifierServicer):
     def WatchVerdicts(  # noqa: N802
         self, request: pb.WatchVerdictsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.Verdict]:
-        """Every verdict after a sequence number, as they come."""
+        """Every verdict after a sequence number, as they come; an empty one at once and whenever it was quiet for long."""
         after = _sequence(request.after)
         gone = threading.Event()
 
@@ -203,10 +221,14 @@ class VerifierServicer(audit_pb2_grpc.VerifierServicer):
         with self._watchers.taken():
             if not context.add_callback(leave):
                 return
-            while self._store.wait_beyond(after, stop) and not stop():
-                for verdict in self._store.verdicts(after, PAGE_LIMIT, PAGE_BYTES):
-                    yield _message(verdict)
-                    after = verdict.sequence
+            yield pb.Verdict()
+            while not stop():
+                if self._store.wait_beyond(after, stop, self._config.heartbeat_seconds):
+                    for verdict in self._store.verdicts(after, PAGE_LIMIT, PAGE_BYTES):
+                        yield _message(verdict)
+                        after = verdict.sequence
+                elif not stop():
+                    yield pb.Verdict()
         if not gone.is_set():
             raise UnavailableError("the verifier is stopping", f"watch again after sequence number {after}")
 

@@ -199,10 +199,12 @@ class Store:
         with self._news:
             return int(self._last)
 
-    def wait_beyond(self, sequence: int, stop: Callable[[], bool]) -> bool:
-        """Wait until there is a verdict after ``sequence`` (True) or ``stop()`` holds (False); see :meth:`wake`."""
+    def wait_beyond(self, sequence: int, stop: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait until there is a verdict after ``sequence`` (True), ``stop()`` holds (see :meth:`wake`), or ``seconds`` have
+        passed (False).
+        """
         with self._news:
-            self._news.wait_for(lambda: self._last > sequence or stop())
+            self._news.wait_for(lambda: self._last > sequence or stop(), seconds)
             return bool(self._last > sequence)
 
     def wake(self) -> None:

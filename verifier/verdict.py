@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,15 +20,20 @@ from importlib.metadata import version
 import msgspec
 
 from fpforensics.common import envelope as dsse
+from fpforensics.common.config import parse_claim
 from fpforensics.common.envelope import Envelope
 from fpforensics.common.errors import Error, EvidenceError, LimitError, shorten
-from fpforensics.common.evidence import PAYLOAD_TYPE, STATEMENT_TYPE, VERDICT_TYPE, Subject
+from fpforensics.common.evidence import PAYLOAD_TYPE, STATEMENT_TYPE, VERDICT_TYPE, Evidence, Subject, TraceEntry
 from fpforensics.common.keys import Keyring, PrivateKey, PublicKey
 from fpforensics.common.strict import Limits, decode_json
-from fpforensics.verifier.check import CheckResult
+from fpforensics.verifier.check import CheckPlan, CheckResult
 
 MAX_PAYLOAD_BYTES = 5 << 20
 MAX_ENVELOPE_BYTES = 8 << 20  # base64 makes three bytes four
+_WAY_OUT = "check one row at a time (--row), or fewer references or configs"
+# What JSON takes for a distance, and for a pair of configs: measured, on the low side.
+_NUMBER_BYTES, _PAIR_BYTES = 18, 220
+_DEFAULT_MEMBERS = 8  # of a lineup that nobody chose: how many can run at least
 _LIMITS = Limits(manifest_bytes=MAX_ENVELOPE_BYTES, string=16 * 1024)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -75,6 +81,39 @@ def new_verdict_id() -> str:
     return secrets.token_hex(16)
 
 
+def require_signable(evidence: Evidence, plan: CheckPlan) -> None:
+    """Raise :class:`LimitError` for a check whose verdict would be too large to sign: before the replays, not after them.
+
+    An estimate on the low side: it passes what may fit, and :func:`sign_verdict` has the last word.
+    """
+    rows = [row for row in evidence.rows if plan.row in ("", row.config_id)]
+    if plan.claim and not plan.row:
+        claim = parse_claim(plan.claim)
+        rows = [row for row in rows if claim.holds_for(row.config)] or rows
+    if not rows or not rows[0].traces:
+        return
+    members = max(len(rows), len(set(plan.lineup)) if plan.lineup else _DEFAULT_MEMBERS)
+    pairs = len(rows) * (members - len(rows)) + len(rows) * (len(rows) - 1) // 2
+    distances = len(rows) * members * len(evidence.references)
+    size = _matrices(rows[0].traces[0]) * (distances * _NUMBER_BYTES + pairs * _PAIR_BYTES)
+    if size > MAX_PAYLOAD_BYTES:
+        raise LimitError(
+            f"{len(rows)} rows by {members} configs by {len(evidence.references)} references make a verdict of about "
+            f"{size >> 20} MiB, at most {MAX_PAYLOAD_BYTES >> 20} are signed",
+            _WAY_OUT,
+        )
+
+
+def _matrices(trace: TraceEntry) -> int:
+    """How many matrices a check makes of such traces: logprobs, each layer of each other signal, and their mean, by phase."""
+    count = 0
+    for tensors in (trace.prefill, trace.decode):
+        if tensors["positions"].shape[0]:
+            layers = Counter(name.partition("/")[0] for name in tensors if "/" in name)
+            count += 1 + sum(number + 1 for number in layers.values())
+    return count
+
+
 def sign_verdict(
     result: CheckResult, key: PrivateKey, challenged: bool = False, *, sequence: int = 0, verdict_id: str = ""
 ) -> Envelope:
@@ -97,7 +136,7 @@ def sign_verdict(
     )
     payload = msgspec.json.encode(statement)
     if len(payload) > MAX_PAYLOAD_BYTES:
-        raise LimitError(f"a verdict of {len(payload)} bytes", "check fewer references, rows or configs at once")
+        raise LimitError(f"a verdict of {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} are signed", _WAY_OUT)
     # NaN would become null on the way: never sign what says something else when it is read.
     if _parse(payload) != statement:
         raise Error("the result changes when it is written and read", "it holds NaN, infinity or a foreign type")

@@ -21,17 +21,21 @@ def open_engine(config: ExecutionConfig, host: Host | None = None) -> Engine:
     Raises :class:`UsageError` for an unknown backend, :class:`MissingDependencyError` with the install
     command, and :class:`ReplayError` if the model cannot be run as asked.
     """
-    if config.emulate_tensor_parallel > 1 and config.backend != "transformers":
-        raise UsageError(
-            f"emulate_tp={config.emulate_tensor_parallel} is for backend=transformers, not {shorten(config.backend)}",
-            f"use tp={config.emulate_tensor_parallel}, or backend=transformers",
-        )
-    entry = ENGINES.get(config.backend)
-    if entry is None:
-        raise UsageError(f"no engine for backend {config.backend!r} here", did_you_mean(config.backend, ENGINES))
-    module, _, name = entry.partition(":")
+    module, _, name = find_engine(config).partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(config, host or Host())
     return engine
+
+
+def find_engine(config: ExecutionConfig) -> str:
+    """The ``module:class`` that runs the config's backend. Raises :class:`UsageError` where there is none."""
+    if config.backend == "vllm":
+        raise UsageError("backend=vllm: the vLLM engine is not part of this release", "use backend=transformers")
+    entry = ENGINES.get(config.backend)
+    if entry is None:
+        raise UsageError(
+            f"no engine for backend {shorten(config.backend)!r} here", did_you_mean(config.backend, ENGINES)
+        )
+    return entry
 
 
 @contextmanager

@@ -212,4 +212,7 @@ def _spawn(python: str, host: Host, descriptor: int) -> subprocess.Popen[str]:
             errors="replace",
         )
     except OSError as error:
-        raise ReplayError(f"cannot start the interpreter {python!r}: {error.strerror}", "check Host.python") from None
+        raise ReplayError(
+            f"cannot start the interpreter {python!r}: {error.strerror}",
+            "give --python one that has fpforensics installed",
+        ) from None

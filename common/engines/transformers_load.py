@@ -27,6 +27,7 @@ _PACKAGES = {
     "bnb": ("bitsandbytes", INSTALL_HF),
     "torchao": ("torchao", "pip install 'fpforensics[torchao]'"),
 }
+_NOT_YET = "which is not part of this release"
 _INT4_GROUPS = (128, 64, 32, 16)
 
 
@@ -34,11 +35,17 @@ def check_config(config: ExecutionConfig) -> None:
     """Raise :class:`UsageError` or :class:`MissingDependencyError` for what this engine does not do; needs no
     torch.
     """
+    check_combination(config)
+    check_packages(config)
+
+
+def check_combination(config: ExecutionConfig) -> None:
+    """Raise :class:`UsageError` for what this engine does nowhere."""
     _check_parallelism(config)
     if config.concurrent_work:
         raise UsageError(
-            "backend transformers runs one request at a time: concurrent=true is not supported",
-            "use backend=vllm,concurrent=true",
+            f"concurrent=true needs the vLLM engine, {_NOT_YET}: backend transformers runs one request at a time",
+            "use concurrent=false",
         )
     if config.matmul == "fp32-rounded":
         if config.quantization not in WEIGHT_ONLY:
@@ -52,11 +59,17 @@ def check_config(config: ExecutionConfig) -> None:
         raise UsageError(f"quant={config.quantization} does not compute in fp64", "use dtype=bf16")
     if config.compile and config.attention == "flash_attention_2":
         raise UsageError("compile=true cannot trace attn=flash_attention_2", "use attn=sdpa_flash")
-    if config.attention == "flash_attention_2":
-        if importlib.util.find_spec("flash_attn") is None:
-            raise MissingDependencyError("attn=flash_attention_2", "flash-attn", INSTALL_FLASH)
-        if config.dtype not in ("bf16", "fp16"):
-            raise UsageError(f"attn=flash_attention_2 computes in bf16 or fp16, not {config.dtype}", "use attn=sdpa")
+    if config.attention == "flash_attention_2" and config.dtype not in ("bf16", "fp16"):
+        raise UsageError(f"attn=flash_attention_2 computes in bf16 or fp16, not {config.dtype}", "use attn=sdpa")
+
+
+def check_packages(config: ExecutionConfig) -> None:
+    """Raise :class:`MissingDependencyError` for a package that ``config`` needs and this interpreter lacks."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError("backend transformers", package, INSTALL_HF)
+    if config.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise MissingDependencyError("attn=flash_attention_2", "flash-attn", INSTALL_FLASH)
     if config.quantization in ("awq", "gptq") and importlib.util.find_spec("gptqmodel") is None:
         raise MissingDependencyError(
             f"quant={config.quantization} with backend transformers", "gptqmodel", "pip install gptqmodel"
@@ -66,11 +79,19 @@ def check_config(config: ExecutionConfig) -> None:
         raise MissingDependencyError(f"quant={config.quantization}", package, install)
 
 
+def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
+    """Raise :class:`UsageError` where the checkpoint in ``path`` is not stored as ``config`` says; needs no torch."""
+    declared = _declared_quantization(path)
+    if declared != (config.quantization if config.quantization in ("awq", "gptq") else ""):
+        stored = f"quantized as {declared}" if declared else "unquantized"
+        raise UsageError(
+            f"the checkpoint of {config.model} is stored {stored}, the config says quant={config.quantization}",
+            f"use quant={declared}" if declared in ("awq", "gptq") else "name another checkpoint",
+        )
+
+
 def prepare_imports() -> None:
-    """Import torch and transformers quietly, or say what keeps them from importing."""
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError("backend transformers", package, INSTALL_HF)
+    """Import torch and transformers quietly, or say what keeps them from importing; after :func:`check_packages`."""
     # What they say while importing is not about this run: optional GPU libraries of torchao that do not load, casts of
     # bitsandbytes at every product (recorded as a fact instead).
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
@@ -122,13 +143,7 @@ def load_model(config: ExecutionConfig, path: Path, device: torch.device) -> Pre
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    declared = _declared_quantization(path)
-    if declared != (config.quantization if config.quantization in ("awq", "gptq") else ""):
-        stored = f"quantized as {declared}" if declared else "unquantized"
-        raise UsageError(
-            f"the checkpoint of {config.model} is stored {stored}, the config says quant={config.quantization}",
-            f"use quant={declared}" if declared in ("awq", "gptq") else "name another checkpoint",
-        )
+    check_checkpoint(config, path)
     architecture = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     options: dict[str, Any] = {}
     quantization = _quantization_config(config, architecture)
@@ -186,16 +201,16 @@ def _check_parallelism(config: ExecutionConfig) -> None:
     if tp > 1 and emulated > 1:
         raise UsageError(
             f"tp={tp} does not combine with emulate_tp={emulated}: products are split among devices or on one",
-            f"use emulate_tp={emulated} alone, or backend=vllm,tp={tp}",
+            f"use emulate_tp={emulated} alone",
         )
     if tp > 1:
         raise UsageError(
-            f"backend transformers runs on one device: tp={tp} is not supported",
-            f"use backend=vllm,tp={tp}, or emulate_tp={tp} for its partial sums on one device",
+            f"tp={tp} needs the vLLM engine, {_NOT_YET}: backend transformers runs on one device",
+            f"use emulate_tp={tp} for the partial sums of {tp} ranks on one device",
         )
     if ep > 1:
         raise UsageError(
-            f"backend transformers runs on one device: ep={ep} is not supported", f"use backend=vllm,ep={ep}"
+            f"ep={ep} needs the vLLM engine, {_NOT_YET}: backend transformers runs on one device", "use ep=1"
         )
     if emulated > 1 and config.quantization != "none":
         raise UsageError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from fpforensics.common.cli import LazyGroup, completion_command, run
+from fpforensics.common.cli import LazyGroup, completion_command
+from fpforensics.common.cli import run as run_program  # `run` is a module of this package
 
 COMMANDS = {
     "keygen": ("fpforensics.prover.cli.keygen:keygen", "Make the key that signs bundles."),
@@ -37,4 +38,4 @@ def cli() -> None:
 
 def main() -> None:
     """Console script."""
-    run(cli, "prover")
+    run_program(cli, "prover")

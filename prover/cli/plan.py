@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
+from fpforensics.common.cli_specs import complete_spec
+
 if TYPE_CHECKING:
     from fpforensics.prover.session import SessionPlan
 
@@ -26,7 +28,7 @@ class PlanOptions(TypedDict):
     temperature: float
     top_p: float
     seed: int
-    layers: str
+    layers: str | None
     prefill_positions: int
     decode_positions: int
     top_k: int
@@ -41,6 +43,7 @@ _OPTIONS = (
         "configs",
         multiple=True,
         metavar="KEY=VALUE,…",
+        shell_complete=complete_spec,
         help="Execution config, e.g. attn=eager,dtype=fp16. Repeatable: one row each. [default: attn=sdpa,dtype=bf16]",
     ),
     click.option(
@@ -61,7 +64,12 @@ _OPTIONS = (
     click.option("--temperature", default=0.0, show_default=True, help="0 is greedy."),
     click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling."),
     click.option("--seed", default=0, show_default=True, help="Seed of the sampler."),
-    click.option("--layers", default="1,2,4,12,last", show_default=True, help="Blocks whose keys and states are kept."),
+    click.option(
+        "--layers",
+        default=None,
+        metavar="N,…",
+        help="Blocks whose keys and states are kept, from 1, or last. [default: 1,2,4,12,last, as far as the model is deep]",
+    ),
     click.option(
         "--prefill-positions",
         default=16,
@@ -88,22 +96,22 @@ def plan_options(command: F) -> F:
 
 
 def make_session_plan(options: PlanOptions, nonce: str) -> SessionPlan:
-    """The plan that ``options`` describe. Raises :class:`UsageError` for a config that makes no sense."""
+    """The plan that ``options`` describe. Raises :class:`UsageError` for what makes no sense, whatever the model."""
     from fpforensics.common.config import ExecutionConfig, parse_config
     from fpforensics.common.prompts import DEFAULT_INSTRUCTION
     from fpforensics.common.signals import CapturePlan, Sampling
-    from fpforensics.prover.session import SessionPlan
+    from fpforensics.prover.session import SessionPlan, check_plan
 
     base = ExecutionConfig(model=options["model"])
-    instruction = options["instruction"]
-    return SessionPlan(
+    instruction, layers = options["instruction"], options["layers"]
+    plan = SessionPlan(
         configs=tuple(parse_config(spec, base) for spec in options["configs"] or ("",)),
         documents=options["prompts"],
         references=options["references"],
         prompt_tokens=options["prompt_tokens"],
         instruction=DEFAULT_INSTRUCTION if instruction is None else instruction,
         capture=CapturePlan(
-            layers=tuple(filter(None, (layer.strip() for layer in options["layers"].split(",")))),
+            layers=CapturePlan().layers if layers is None else _parts(layers),
             prefill_positions=options["prefill_positions"],
             decode_positions=options["decode_positions"],
             top_k=options["top_k"],
@@ -118,4 +126,11 @@ def make_session_plan(options: PlanOptions, nonce: str) -> SessionPlan:
         repetitions=options["repetitions"],
         allow_nondeterminism=options["allow_nondeterminism"],
         nonce=nonce,
+        layers_named=layers is not None,
     )
+    check_plan(plan)
+    return plan
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in text.split(","))))

@@ -7,11 +7,12 @@ from typing import Unpack
 
 import click
 
-from fpforensics.common.cli import host_options, make_host, progress_bar, quiet_option
+from fpforensics.common.cli import host_options, make_host, progress_bar, quiet_option, require_outputs
+from fpforensics.common.cli_specs import SpecCommand
 from fpforensics.prover.cli.plan import PlanOptions, make_session_plan, plan_options
 
 
-@click.command()
+@click.command(cls=SpecCommand)
 @click.option("--key", required=True, type=click.Path(path_type=Path), help="Signing key (see prover keygen).")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Bundle to write.")
 @plan_options
@@ -40,8 +41,9 @@ def run(
     from fpforensics.prover.session import run_session
 
     plan = make_session_plan(options, nonce)
-    host = make_host(device, python, env, model_paths)
+    require_outputs(output)
     signing_key = load_private(key)
+    host = make_host(device, python, env, model_paths)
     with progress_bar(quiet) as report:
         digest = run_session(plan, host, signing_key, output, lambda p: report(p.stage, p.done, p.total))
     click.echo(f"{output}  {output.stat().st_size} bytes  {digest}")

@@ -7,26 +7,28 @@ from typing import Unpack
 
 import click
 
-from fpforensics.common.cli import progress_bar, quiet_option
+from fpforensics.common.cli import progress_bar, require_outputs
+from fpforensics.common.cli_specs import SpecCommand
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
 from fpforensics.verifier.cli.check import (
+    brief_option,
     claim_options,
     deliver_signed,
     make_plan,
     output_options,
     require_answer,
-    require_outputs,
+    require_renderers,
 )
 
 
-@click.command()
+@click.command(cls=SpecCommand)
 @click.argument("bundle", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--server", required=True, help="The verifier, host:port.")
 @click.option("--server-key", "server_keys", multiple=True, required=True, type=click.Path(path_type=Path), help="Public key that its verdicts are signed with. Repeatable.")  # fmt: skip
 @claim_options
 @output_options
 @access_options
-@quiet_option
+@brief_option
 def submit(
     bundle: Path,
     server: str,
@@ -56,9 +58,10 @@ def submit(
     plan = make_plan(claim, lineup, mode, row, using)
     keyring = Keyring.from_paths(server_keys)
     require_outputs(html, png, verdict_path)
+    require_renderers(html, png)
     digest = summarize(bundle, None, header_only=True).digest
     with VerifierClient(server, make_access(access)) as client, progress_bar(quiet) as report:
         client.submit_bundle(bundle, report)
         verdict = open_verdict(client.check(digest, plan, report), keyring)
     require_answer(verdict, digest, plan)
-    deliver_signed(verdict, as_json=as_json, html=html, png=png, verdict_path=verdict_path)
+    deliver_signed(verdict, as_json=as_json, html=html, png=png, verdict_path=verdict_path, quiet=quiet)

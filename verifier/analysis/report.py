@@ -14,6 +14,7 @@ from fpforensics.verifier.analysis.measure import Measurements, Member
 from fpforensics.verifier.analysis.result import Analysis, CellAnalysis, Comparison, Diverged, PairAnalysis
 from fpforensics.verifier.distance import POOLED, Cell, Floats
 from fpforensics.verifier.matrix import DistanceMatrix, Ratio, Table, kernel_classes, labels, ratio
+from fpforensics.verifier.pairs import PairDecision, decide_pair
 
 KERNEL_CLASS = 1e-9
 """Configs nearer than this are one kernel class (published quantization study: "equivalent pairs")."""
@@ -126,7 +127,23 @@ def _pairs(measured: Measurements, matrix: DistanceMatrix, rows: list[int]) -> I
             snr=each.snr,
             snr_infinite=each.snr_infinite,
             label=each.label,
+            decision=_decide(matrix, each.a, each.b),
         )
+
+
+def _decide(matrix: DistanceMatrix, a: str, b: str) -> PairDecision | None:
+    """From each reference's own signal and noise; references that lack one are left out."""
+    rows, columns = np.array(matrix.row_keys), np.array(matrix.column_keys)
+
+    def mean(pairs: tuple[tuple[str, str], ...]) -> Floats:
+        masks = [np.outer(rows == row, columns == column) for row, column in pairs]
+        entries = matrix.values[:, np.logical_or.reduce(masks)]
+        counts = (~np.isnan(entries)).sum(axis=1)
+        return np.where(counts > 0, np.nansum(entries, axis=1) / np.maximum(counts, 1), np.nan)
+
+    signal, noise = mean(((a, b), (b, a))), mean(((a, a), (b, b)))
+    both = ~np.isnan(signal) & ~np.isnan(noise)
+    return decide_pair(signal[both].tolist(), noise[both].tolist()) if both.any() else None
 
 
 def _kernel_classes(measured: Measurements, everyone: Floats) -> list[list[int]]:

@@ -6,10 +6,14 @@ import msgspec
 
 from fpforensics.common.signals import Phase, Signal
 from fpforensics.verifier.matrix import Table
+from fpforensics.verifier.pairs import PairDecision
 
 
 class PairAnalysis(msgspec.Struct, frozen=True, kw_only=True):
-    """Two configs: the mean distance between them over the mean of their own diagonals."""
+    """Two configs: the mean distance between them over the mean of their own diagonals.
+
+    ``label`` is the published one; ``decision`` our own, from the prompts one by one (None where no prompt has both).
+    """
 
     pair: tuple[str, str]
     signal: float
@@ -17,6 +21,7 @@ class PairAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     snr: float | None
     snr_infinite: bool
     label: str
+    decision: PairDecision | None = None
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):

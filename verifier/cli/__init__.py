@@ -7,7 +7,7 @@ import click
 from fpforensics.common.cli import LazyGroup, completion_command, run
 
 COMMANDS = {
-    "keygen": ("fpforensics.prover.cli.keygen:keygen", "Make the key that signs verdicts."),
+    "keygen": ("fpforensics.prover.cli.keygen:verifier_keygen", "Make the key that signs verdicts."),
     "check": ("fpforensics.verifier.cli.check:check", "Replay a bundle under a lineup and give a verdict."),
     "compare": ("fpforensics.verifier.cli.compare:compare", "Compare the full logits of two bundles."),
     "serve": ("fpforensics.verifier.cli.serve:serve", "Take bundles, check claims, publish signed verdicts over gRPC."),

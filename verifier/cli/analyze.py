@@ -8,8 +8,7 @@ from typing import Literal
 
 import click
 
-from fpforensics.common.cli import Report, progress_bar, quiet_option
-from fpforensics.verifier.cli.check import require_outputs
+from fpforensics.common.cli import Report, progress_bar, quiet_option, require_outputs
 
 Canonical = Literal["claimed", "first"]
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fpforensics.common.cli import host_options, make_host, progress_bar, quiet_option
+from fpforensics.common.cli import host_options, make_host, progress_bar
+from fpforensics.common.cli import require_outputs as require_outputs
+from fpforensics.common.cli_specs import SpecCommand, complete_lineup, complete_spec
 from fpforensics.common.errors import shorten
 
 if TYPE_CHECKING:
+    from fpforensics.common.keys import PrivateKey
     from fpforensics.verifier.check import CheckPlan, CheckResult
     from fpforensics.verifier.verdict import VerifiedVerdict
 
@@ -21,15 +23,29 @@ MIN_NONCE_DIGITS = 32
 EXIT_CODES = {"CONSISTENT": 0, "INCONSISTENT": 1, "INCONCLUSIVE": 3}
 
 
+def _claimed(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Nonsense fails before anything is opened; an empty claim that was given is no claim that was left out."""
+    from click.core import ParameterSource
+
+    from fpforensics.common.config import parse_claim
+    from fpforensics.common.errors import UsageError
+
+    if param.name and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT:
+        if not value.strip():
+            raise UsageError("--claim is empty", "leave it out to check what each row declares, or write quant=none")
+        parse_claim(value)
+    return value
+
+
 def claim_options(command: F) -> F:
     """``--claim``, ``--lineup``, ``--replay``, ``--row`` and ``--using``: what is checked against what."""
     for decorate in reversed(
         (
-            click.option("--claim", default="", metavar="KEY=VALUE,…", help="What is claimed, e.g. quant=awq. [default: what each row declares]"),
-            click.option("--lineup", multiple=True, metavar="SPEC|FILE", help="Config to replay, as a change to the claimed one (attn=eager), or a TOML file. Repeatable. [default: one change each of attention, dtype, quantization]"),
+            click.option("--claim", default="", metavar="KEY=VALUE,…", callback=_claimed, shell_complete=complete_spec, help="What is claimed, e.g. quant=awq. [default: what each row declares]"),
+            click.option("--lineup", multiple=True, metavar="SPEC|FILE", shell_complete=complete_lineup, help="Config to replay, as a change to the claimed one (attn=eager), or a TOML file. Repeatable. [default: one change each of attention, dtype, quantization]"),
             click.option("--replay", "mode", type=click.Choice(["prefill", "decode"]), default="decode", show_default=True, help="Force tokens one by one through the decode kernels, or all in one forward (fast)."),
             click.option("--row", default="", metavar="ID", help="Check this row only."),
-            click.option("--using", default="", metavar="KEY=VALUE", help="How this verifier computes replays, e.g. matmul=fp32-rounded (fast on CPUs without bf16)."),
+            click.option("--using", default="", metavar="KEY=VALUE", shell_complete=complete_spec, help="How this verifier computes replays, e.g. matmul=fp32-rounded (fast on CPUs without bf16)."),
         )
     ):  # fmt: skip
         command = decorate(command)
@@ -43,22 +59,31 @@ def output_options(command: F) -> F:
             click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
             click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained HTML page."),
             click.option("--png", type=click.Path(path_type=Path), help="Write the heat maps as a picture."),
-            click.option("--verdict", "verdict_path", type=click.Path(path_type=Path), help="Where to write the signed verdict."),
+            click.option("--verdict", "verdict_path", type=click.Path(path_type=Path), help="Where to write the signed verdict. One that is given here, not by a server, needs --sign."),
         )
     ):  # fmt: skip
         command = decorate(command)
     return command
 
 
-@click.command()
+def brief_option(command: F) -> F:
+    """``--quiet``, where there is a verdict."""
+    return click.option("--quiet", "-q", is_flag=True, help="No progress and no report: the verdict and its reasons, on one line.")(command)  # fmt: skip
+
+
+@click.command(cls=SpecCommand)
 @click.argument("bundle", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--key", "keys", multiple=True, required=True, type=click.Path(path_type=Path), help="Trusted public key, or a folder of *.pub. Repeatable.")  # fmt: skip
 @claim_options
 @click.option("--nonce", default=None, help="The challenge that this bundle must answer, in hex.")
 @output_options
-@click.option("--sign", type=click.Path(path_type=Path), help="Key to sign the verdict with (see verifier keygen).")
+@click.option(
+    "--sign",
+    type=click.Path(path_type=Path),
+    help="Key to sign the verdict with (see verifier keygen); needs --verdict.",
+)
 @host_options
-@quiet_option
+@brief_option
 def check(
     bundle: Path,
     keys: tuple[Path, ...],
@@ -92,27 +117,29 @@ def check(
 
     plan = make_plan(claim, lineup, mode, row, using)
     require_outputs(html, png, verdict_path)
+    require_renderers(html, png)
+    signing_key = load_signing_key(sign, verdict_path)
     if nonce is not None and len(nonce) < MIN_NONCE_DIGITS:
         raise UsageError(f"nonce {shorten(nonce)!r}", f"a challenge has at least {MIN_NONCE_DIGITS} hex digits")
-    if (sign is None) != (verdict_path is None):
-        raise UsageError("--sign and --verdict go together", "give the signing key and the file to write")
     host = make_host(device, python, env, model_paths)
     with open_bundle(bundle, Keyring.from_paths(keys), expected_nonce=nonce) as verified, progress_bar(quiet) as report:
         # All of it before any replay: damaged evidence is not worth minutes of computing.
         verified.verify_all(lambda done, total: report("checking digests", done, total))
         result = check_bundle(verified, plan, host, report)
-    deliver(result, as_json=as_json, html=html, png=png, sign=sign, verdict_path=verdict_path)
+    deliver(result, as_json=as_json, html=html, png=png, sign=signing_key, verdict_path=verdict_path, quiet=quiet)
 
 
 def make_plan(claim: str, lineup: tuple[str, ...], mode: str, row: str, using: str) -> CheckPlan:
-    """The plan that the options of :func:`claim_options` describe; the claim is parsed here so that nonsense fails early."""
-    from fpforensics.common.config import parse_claim
+    """The plan that the options of :func:`claim_options` describe; every spec is parsed here so that nonsense fails early."""
+    from fpforensics.common.config import parse_claim, parse_config
     from fpforensics.verifier.check import CheckPlan
     from fpforensics.verifier.lineup import read_lineup
 
     if claim:
         parse_claim(claim)
     read = read_lineup(lineup)
+    for spec in (*read.specs, using or read.using):
+        parse_config(spec)
     return CheckPlan(claim=claim, lineup=read.specs, mode=mode, row=row, using=using or read.using)  # type: ignore[arg-type]
 
 
@@ -122,27 +149,46 @@ def deliver(
     as_json: bool,
     html: Path | None,
     png: Path | None,
-    sign: Path | None,
+    sign: PrivateKey | Path | None,
     verdict_path: Path | None,
     challenged: bool = False,
+    quiet: bool = False,
 ) -> None:
-    """Sign and write what was asked for, print the result and leave with the verdict's exit code."""
+    """Sign and write what was asked for, print the result and leave with the verdict's exit code.
+
+    ``sign`` is best a key that :func:`load_signing_key` read before the replays; a path is read now.
+    """
     from fpforensics.common import envelope
     from fpforensics.common.keys import load_private
     from fpforensics.verifier.verdict import sign_verdict
 
     if sign is not None and verdict_path is not None:
-        verdict_path.write_bytes(envelope.to_json(sign_verdict(result, load_private(sign), challenged)))
-    _show(result, as_json, html, png)
+        key = load_private(sign) if isinstance(sign, Path) else sign
+        verdict_path.write_bytes(envelope.to_json(sign_verdict(result, key, challenged)))
+    _show(result, as_json, html, png, quiet)
 
 
-def require_outputs(*paths: Path | None) -> None:
-    """Raise :class:`UsageError` for a file that could not be written: before the work, not after it."""
+def load_signing_key(sign: Path | None, verdict_path: Path | None) -> PrivateKey | None:
+    """The key to sign a verdict with, if one is asked for: read before the replays, not after them."""
     from fpforensics.common.errors import UsageError
+    from fpforensics.common.keys import load_private
 
-    for path in paths:
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise UsageError(f"cannot write {path}", "name a file in a folder that exists")
+    if sign is None and verdict_path is not None:
+        raise UsageError("--verdict without --sign", "a verdict is written signed: give a key (see verifier keygen)")
+    if sign is not None and verdict_path is None:
+        raise UsageError("--sign without --verdict", "name the file that the signed verdict goes to")
+    return None if sign is None else load_private(sign)
+
+
+def require_renderers(html: Path | None, png: Path | None) -> None:
+    """Raise :class:`MissingDependencyError` for a page or picture that could not be made: before the replays."""
+    from importlib.util import find_spec
+
+    from fpforensics.common.errors import MissingDependencyError
+
+    for path, what, package in ((html, "the HTML page", "jinja2"), (png, "the heat map", "matplotlib")):
+        if path is not None and find_spec(package) is None:
+            raise MissingDependencyError(what, package, "pip install 'fpforensics[report]'")
 
 
 def require_answer(verdict: VerifiedVerdict, bundle_digest: str, plan: CheckPlan) -> None:
@@ -166,15 +212,21 @@ def require_answer(verdict: VerifiedVerdict, bundle_digest: str, plan: CheckPlan
 
 
 def deliver_signed(
-    verdict: VerifiedVerdict, *, as_json: bool, html: Path | None, png: Path | None, verdict_path: Path | None
+    verdict: VerifiedVerdict,
+    *,
+    as_json: bool,
+    html: Path | None,
+    png: Path | None,
+    verdict_path: Path | None,
+    quiet: bool = False,
 ) -> None:
     """The same for a verdict that a server signed, after :func:`require_answer`."""
     if verdict_path is not None:
         verdict_path.write_bytes(verdict.envelope)
-    _show(verdict.predicate.result, as_json, html, png)
+    _show(verdict.predicate.result, as_json, html, png, quiet)
 
 
-def _show(result: CheckResult, as_json: bool, html: Path | None, png: Path | None) -> None:
+def _show(result: CheckResult, as_json: bool, html: Path | None, png: Path | None, quiet: bool) -> None:
     import msgspec
 
     from fpforensics.verifier.report import html as html_report
@@ -186,5 +238,8 @@ def _show(result: CheckResult, as_json: bool, html: Path | None, png: Path | Non
         from fpforensics.verifier.report.heatmap import render_png
 
         render_png(result, png)
-    click.echo(msgspec.json.format(msgspec.json.encode(result)) if as_json else text.render(result))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(result)))
+    else:
+        click.echo(text.one_line(result) if quiet else text.render(result), nl=quiet)
     raise click.exceptions.Exit(EXIT_CODES[result.verdict])

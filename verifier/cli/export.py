@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from fpforensics.common.cli import progress_bar, quiet_option
-from fpforensics.verifier.cli.check import require_outputs
+from fpforensics.common.cli import progress_bar, quiet_option, require_outputs
 
 
 @click.command()

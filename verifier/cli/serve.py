@@ -8,7 +8,13 @@ from typing import Unpack
 import click
 
 from fpforensics.common.cli import host_options, make_host
-from fpforensics.common.netcli import ListenOptions, listen_options, make_listen, serve_until_stopped
+from fpforensics.common.netcli import (
+    ListenOptions,
+    listen_options,
+    make_listen,
+    max_seconds_option,
+    serve_until_stopped,
+)
 
 
 @click.command()
@@ -23,6 +29,7 @@ from fpforensics.common.netcli import ListenOptions, listen_options, make_listen
 @click.option(
     "--require-challenge", is_flag=True, help="Take only bundles that answer this verifier's own fresh challenge."
 )
+@max_seconds_option("check")
 @listen_options(7342)
 @host_options
 def serve(
@@ -31,18 +38,21 @@ def serve(
     store: Path,
     using: str,
     require_challenge: bool,
+    max_seconds: int,
     device: str,
     python: str,
     env: tuple[str, ...],
     model_paths: tuple[str, ...],
     **listen: Unpack[ListenOptions],
 ) -> None:
-    """Take bundles from provers, check claims on this hardware, and show signed verdicts to auditors.
+    """Take bundles from provers, check claims on this hardware, and show signed verdicts to auditors. Each submission and
+    each check is logged to stderr in a line.
 
     \b
     verifier serve --key verifier.key --trust prover.key.pub --store store/
     """
     from fpforensics.common.config import parse_config
+    from fpforensics.common.journal import log_to_stderr
     from fpforensics.common.keys import Keyring, load_private
     from fpforensics.verifier.service import VerifierConfig, serve_verifier
 
@@ -55,5 +65,7 @@ def serve(
         host=make_host(device, python, env, model_paths),
         using=using,
         require_challenge=require_challenge,
+        max_seconds=max_seconds,
     )
+    log_to_stderr()
     serve_until_stopped(serve_verifier(config), listen["listen"])

@@ -74,12 +74,12 @@ def session(
 
     from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring
-    from fpforensics.prover.client import ProverClient
+    from fpforensics.prover.client import ProverClient, require_known_signer
     from fpforensics.verifier.answer import require_as_asked
     from fpforensics.verifier.check import check_bundle
     from fpforensics.verifier.client import VerifierClient
     from fpforensics.verifier.intake import open_bundle
-    from fpforensics.verifier.verdict import open_verdict
+    from fpforensics.verifier.verdict import open_verdict, require_signable
 
     plan = make_plan(claim, lineup, mode, row, using)
     keyring, server_keyring = Keyring.from_paths(keys), Keyring.from_paths(server_keys)
@@ -100,12 +100,15 @@ def session(
     if not server and (sign is None) != (verdict_path is None):
         raise UsageError("--sign and --verdict go together", "give the signing key and the file to write")
     with progress_bar(quiet) as report, ProverClient(prover, access) as proving:
+        require_known_signer(proving.describe(), keyring, prover)
         if not server:
             asked = make_session_plan(options, secrets.token_hex(32))
             proving.run_session(asked, output, report=report)
             with open_bundle(output, keyring, expected_nonce=asked.nonce) as bundle:
                 bundle.verify_all()
                 require_as_asked(bundle, asked)
+                if sign is not None:
+                    require_signable(bundle.evidence, plan)
                 result = check_bundle(bundle, plan, host, report)
         else:
             with VerifierClient(server, access) as verifying:

@@ -12,6 +12,7 @@ import click
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
 
 if TYPE_CHECKING:
+    from fpforensics.common.errors import Error
     from fpforensics.verifier.auditor import AuditorClient
     from fpforensics.verifier.verdict import VerifiedVerdict
 
@@ -24,7 +25,7 @@ def verdicts() -> None:
 
     \b
     verifier verdicts list --server 127.0.0.1:7342 --key verifier.key.pub
-    verifier verdicts show 4f6c… --server 127.0.0.1:7342 --key verifier.key.pub
+    verifier verdicts show 4f6c2a --server 127.0.0.1:7342 --key verifier.key.pub
     verifier verdicts verify verdict.json --key verifier.key.pub
     """
 
@@ -57,9 +58,9 @@ def list_verdicts(
 @click.argument("verdict_id")
 @_server_options
 def show(verdict_id: str, server: str, keys: tuple[Path, ...], as_json: bool, **access: Unpack[AccessOptions]) -> None:
-    """Print one verdict whole."""
+    """Print one verdict whole. The first 6 digits of its id, or more, are enough if no other verdict has them."""
     with _auditor(server, keys, access) as auditor:
-        _print(auditor.get(verdict_id), as_json)
+        _print(auditor.find(verdict_id), as_json)
 
 
 @verdicts.command("watch")
@@ -69,9 +70,9 @@ def show(verdict_id: str, server: str, keys: tuple[Path, ...], as_json: bool, **
 def watch(
     after: int, count: int, server: str, keys: tuple[Path, ...], as_json: bool, **access: Unpack[AccessOptions]
 ) -> None:
-    """Print verdicts as they are given, until interrupted."""
+    """Print verdicts as they are given, until interrupted. A lost connection is made again, and said on stderr."""
     with _auditor(server, keys, access) as auditor:
-        for seen, verdict in enumerate(auditor.watch(after), start=1):
+        for seen, verdict in enumerate(auditor.follow(after, lost=_say_lost), start=1):
             click.echo(_line(verdict, as_json))
             if seen == count:
                 return
@@ -97,6 +98,10 @@ def _auditor(server: str, keys: tuple[Path, ...], access: AccessOptions) -> Iter
 
     with AuditorClient(server, Keyring.from_paths(keys), make_access(access)) as auditor:
         yield auditor
+
+
+def _say_lost(error: Error, after: int, seconds: float) -> None:
+    click.echo(f"{error.message}; watching again after number {after} in {seconds:.0f} s", err=True)
 
 
 def _line(verdict: VerifiedVerdict, as_json: bool) -> str:

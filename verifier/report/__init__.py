@@ -6,7 +6,7 @@ through :func:`clean`, so that no escape sequence or direction mark reaches a te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ from fpforensics.common.signals import Phase, Signal
 from fpforensics.verifier.decision import MAX_FLOORS, MIN_RATIO, RowVerdict
 from fpforensics.verifier.distance import Floats
 from fpforensics.verifier.environment_diff import mismatches
-from fpforensics.verifier.matrix import MatrixReport, Ratio, labels
+from fpforensics.verifier.matrix import MatrixReport, PairSnr, Ratio, labels
 
 if TYPE_CHECKING:
     from fpforensics.verifier.check import CheckResult
@@ -25,6 +25,12 @@ SIGNAL_TITLES: dict[Signal, str] = {
     "key_vectors": "Key vectors",
     "hidden_states": "Hidden states",
 }
+
+
+NO_SCALE = "the diagonal does not fit the evidence: no scale"
+"""In place of a label where the noise that it would be measured by is the distance to a config that did not run."""
+SAME_KERNELS = "bit-identical baseline: says nothing about other hardware"
+"""What an infinite SNR is: a distance over a diagonal of exactly 0."""
 
 
 def clean(text: str, limit: int = 400) -> str:
@@ -57,11 +63,41 @@ def labelled(value: float | None, infinite: bool) -> str:
     return f"{published} ({plan})" if published else ""
 
 
+def noted(value: float | None, infinite: bool, digits: int = 2) -> str:
+    """An SNR as :func:`snr` prints it, and what it means when it is infinite."""
+    return f"{snr(value, infinite, digits)} ({SAME_KERNELS})" if infinite else snr(value, infinite, digits)
+
+
 def row_snr(row: RowVerdict) -> str:
-    """A row's SNR and, where the claim was not refuted, its labels on the published scale and the plan's."""
-    shown = snr(row.snr, row.snr_infinite)
-    named = row.label and row.verdict != "INCONSISTENT"
-    return f"{shown}, {row.label} ({row.second_label})" if named else shown
+    """A row's SNR and, where what fits the claim fits the evidence, its labels on the published scale and the plan's."""
+    shown = noted(row.snr, row.snr_infinite)
+    if row.verdict == "INCONSISTENT" or (row.snr is not None and row.snr < 1):
+        return f"{shown}, {NO_SCALE}"
+    return f"{shown}, {row.label} ({row.second_label})" if row.label else shown
+
+
+def misfits(matrix: MatrixReport, rows: Sequence[RowVerdict]) -> frozenset[str]:
+    """The claimed configs whose diagonal is no measure of noise: the claim was refuted, or another replay lies nearer."""
+    refuted = {row.config_id for row in rows if row.verdict == "INCONSISTENT"}
+    found = set()
+    for name, line in zip(matrix.rows, matrix.aggregate, strict=True):
+        own = dict(zip(matrix.columns, line, strict=True)).get(name)
+        nearer = own is not None and any(value is not None and value < own for value in line)
+        if nearer or name in refuted:
+            found.add(name)
+    return frozenset(found)
+
+
+def scale(matrix: MatrixReport, unfit: Collection[str]) -> str:
+    """What a matrix's SNR without kernel classes says: its labels, or that its diagonal is no scale (``unfit``: :func:`misfits`)."""
+    return NO_SCALE if unfit else labelled(matrix.snr_meaningful, matrix.snr_meaningful_infinite)
+
+
+def pair_scale(pair: PairSnr, unfit: Collection[str]) -> str:
+    """The same of one pair of configs."""
+    if pair.a in unfit or pair.b in unfit:
+        return "no scale"
+    return labelled(pair.snr, pair.snr_infinite)
 
 
 def floors(value: float | None) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from fpforensics.common.errors import MissingDependencyError
 from fpforensics.common.signals import PHASES, SIGNALS
 from fpforensics.verifier.matrix import MatrixReport
-from fpforensics.verifier.report import SIGNAL_TITLES, clean, headline, log_scale, snr
+from fpforensics.verifier.report import NO_SCALE, SAME_KERNELS, SIGNAL_TITLES, clean, headline, log_scale, misfits, snr
 
 if TYPE_CHECKING:
     from fpforensics.verifier.check import CheckResult
@@ -39,9 +39,14 @@ def render_png(result: CheckResult, path: Path) -> None:
     rows = max(len(each.rows) for each in panels.values())
     columns = max(len(each.columns) for each in panels.values())
     lines = max(_wrapped(name).count("\n") + 1 for each in panels.values() for name in each.columns)
+    notes = ["verified config · mean L2 distance, log colour scale for each map"]
+    if any(misfits(matrix, result.rows) for matrix in panels.values()):
+        notes.append(NO_SCALE)
+    if any(matrix.snr_infinite for matrix in panels.values()):
+        notes.append(f"inf: {SAME_KERNELS}")
     width = 1.9 + len(phases) * max(1.1 * columns + 0.3, 3.0)
     figure = Figure(
-        figsize=(width, 1.3 + 0.17 * lines + len(signals) * (0.52 * rows + 0.6)),
+        figsize=(width, 1.15 + 0.15 * len(notes) + 0.17 * lines + len(signals) * (0.52 * rows + 0.6)),
         dpi=min(150.0, _WIDEST / width),
         layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03),
         facecolor="white",
@@ -54,16 +59,17 @@ def render_png(result: CheckResult, path: Path) -> None:
             if matrix is None:
                 axes[i, j].set_axis_off()
             else:
-                _draw(axes[i, j], matrix, first=j == 0, lowest=i == len(signals) - 1)
+                unfit = bool(misfits(matrix, result.rows))
+                _draw(axes[i, j], matrix, first=j == 0, lowest=i == len(signals) - 1, unfit=unfit)
     claim = clean(result.claim, 90) or "each row's own declaration"
     title = figure.suptitle(f"{result.verdict}   claim: {claim}", weight="bold", size=12, x=0.02, ha="left")
     title.set(color=_VERDICT_COLOURS[result.verdict], parse_math=False)
-    figure.supxlabel("verified config · mean L2 distance, log colour scale for each map", color=_FAINT, size=8)
+    figure.supxlabel("\n".join(notes), color=_FAINT, size=8)
     figure.supylabel("claimed config", color=_FAINT, size=8)
     figure.savefig(path, format="png", metadata={"Software": "fpforensics"})
 
 
-def _draw(axis: Any, matrix: MatrixReport, *, first: bool, lowest: bool) -> None:
+def _draw(axis: Any, matrix: MatrixReport, *, first: bool, lowest: bool, unfit: bool) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     values = np.array(matrix.aggregate, dtype=np.float64)  # None becomes NaN
@@ -85,10 +91,10 @@ def _draw(axis: Any, matrix: MatrixReport, *, first: bool, lowest: bool) -> None
         ).set_in_layout(False)  # inside its axes anyway, and costly to lay out
         if own:
             _outline(axis, row, column, ink)
-    ratio = snr(matrix.snr_meaningful, matrix.snr_meaningful_infinite)
+    ratio = "no scale" if unfit else f"SNR {snr(matrix.snr_meaningful, matrix.snr_meaningful_infinite)}"
     title = f"{SIGNAL_TITLES[matrix.signal]}, {matrix.phase}"
     axis.set_title(title, loc="left", size=9.5, weight="bold", color=_INK)
-    axis.set_title(f"SNR {ratio}", loc="right", size=8.5, color=_FAINT)
+    axis.set_title(ratio, loc="right", size=8.5, color=_FAINT)
     _ticks(axis.xaxis, matrix.columns if lowest else [""] * len(matrix.columns))
     _ticks(axis.yaxis, matrix.rows if first else [""] * len(matrix.rows))
     axis.set_xticks(np.arange(len(matrix.columns) + 1) - 0.5, minor=True)

@@ -7,12 +7,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fpforensics.common.config import claim_of
 from fpforensics.common.signals import PHASES, Phase
 from fpforensics.verifier.decision import RowVerdict
 from fpforensics.verifier.distance import POOLED
 from fpforensics.verifier.environment_diff import mismatches
 from fpforensics.verifier.matrix import MatrixReport, Table
-from fpforensics.verifier.report import SIGNAL_TITLES, caveats, floors, headline, layers, log_scale, row_snr
+from fpforensics.verifier.report import (
+    NO_SCALE,
+    SAME_KERNELS,
+    SIGNAL_TITLES,
+    caveats,
+    floors,
+    headline,
+    layers,
+    log_scale,
+    misfits,
+    noted,
+    pair_scale,
+    row_snr,
+    scale,
+)
 from fpforensics.verifier.report.pages import Heat, heat_rows, render_page
 
 if TYPE_CHECKING:
@@ -31,15 +46,25 @@ class LayerLine:
 
 def render(result: CheckResult) -> str:
     """The page. Raises :class:`MissingDependencyError` where jinja2 is not installed."""
+    shown = [matrix for phase in PHASES for matrix in headline(result.matrices, phase)]
     return render_page(
         "page.html",
         result=result,
+        some_infinite=any(matrix.snr_infinite for matrix in shown),
+        some_unfit=any(misfits(matrix, result.rows) for matrix in shown),
         phases=[phase for phase in PHASES if headline(result.matrices, phase)],
         headline=lambda phase: headline(result.matrices, phase),
         layers=lambda phase: layers(result.matrices, phase),
         matrix_rows=_matrix_rows,
         layer_lines=lambda row: layer_lines(row, result.matrices),
         row_snr=row_snr,
+        misfits=lambda matrix: misfits(matrix, result.rows),
+        scale=scale,
+        pair_scale=pair_scale,
+        noted=noted,
+        no_scale=NO_SCALE,
+        same_kernels=SAME_KERNELS,
+        run_as=lambda member: str(claim_of(member.runs_as)),
         bar=bar,
         caveats=caveats(result),
         mismatches=mismatches(result.environment),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from fpforensics.common.signals import Phase, Signal
@@ -86,19 +86,26 @@ def matrix(signal: Signal, rows: Sequence[str], columns: Sequence[str], values: 
         yield name.rjust(side) + _cells(map(distance, row), widths)
 
 
-def snr_analysis(measured: Sequence[tuple[Signal, Measured]], baseline: str) -> Iterator[str]:
-    """Diagonal against off-diagonal. ``baseline`` says what the diagonal is."""
+def snr_analysis(
+    measured: Sequence[tuple[Signal, Measured]],
+    baseline: str,
+    meant: Sequence[str] | None = None,
+    ratio: Callable[[float | None, bool], str] = snr,
+) -> Iterator[str]:
+    """Diagonal against off-diagonal. ``baseline`` says what the diagonal is, ``ratio`` prints an SNR, and ``meant`` says for each
+    signal what it means, if not the label of its number.
+    """
     yield from heading("SNR ANALYSIS")
     yield from ("", f"Diagonal (baseline = {baseline}):")
     yield from (f"  {SIGNAL_TITLES[signal]}: {distance(each.diagonal_mean)}" for signal, each in measured)
     yield from ("", "Off-diagonal (all pairs):")
     for signal, each in measured:
-        yield _off_diagonal(signal, each.off_diagonal_count, each.off_diagonal_mean, snr(each.snr, each.snr_infinite))
+        yield _off_diagonal(signal, each.off_diagonal_count, each.off_diagonal_mean, ratio(each.snr, each.snr_infinite))
     yield from ("", "Off-diagonal (meaningful pairs only, kernel classes excluded):")
-    for signal, each in measured:
-        ratio = snr(each.snr_meaningful, each.snr_meaningful_infinite)
-        label = labelled(each.snr_meaningful, each.snr_meaningful_infinite)
-        said = f"{ratio} → {label}" if label else ratio
+    labels = [labelled(each.snr_meaningful, each.snr_meaningful_infinite) for _, each in measured]
+    for (signal, each), label in zip(measured, meant or labels, strict=True):
+        shown = ratio(each.snr_meaningful, each.snr_meaningful_infinite)
+        said = f"{shown} → {label}" if label else shown
         yield _off_diagonal(signal, each.meaningful_count, each.meaningful_mean, said)
 
 
@@ -115,17 +122,24 @@ def layer_by_layer(measured: Sequence[tuple[Signal, str, Measured]]) -> Iterator
         yield f"{SIGNAL_TITLES[signal]:<16}{clean(layer):>6}{means}{ratios}"
 
 
-def pairs(signal: Signal, phase: Phase, named: Sequence[tuple[str, MeasuredPair, bool]]) -> Iterator[str]:
-    """``named`` are pairs with their names, most detectable first, and whether both are of one kernel class."""
+def pairs(
+    signal: Signal,
+    phase: Phase,
+    named: Sequence[tuple[str, MeasuredPair, bool]],
+    meant: Sequence[str] | None = None,
+) -> Iterator[str]:
+    """``named`` are pairs with their names, most detectable first, and whether both are of one kernel class; ``meant`` says for
+    each what its SNR means, if not the label of its number.
+    """
     if not named:
         return
     yield from subheading(f"PAIRWISE SNR SUMMARY TABLE: {SIGNAL_TITLES[signal].upper()} ({phase.upper()})")
     side = max(32, *(len(name) for name, _, _ in named))
     yield f"{'Pair':<{side}}{'Signal':>11}{'Noise':>11}{'SNR':>9}"
     yield "-" * (side + 31)
-    for name, pair, same_class in named:
+    labels = [labelled(pair.snr, pair.snr_infinite) for _, pair, _ in named]
+    for (name, pair, same_class), label in zip(named, meant or labels, strict=True):
         ratio = snr(pair.snr, pair.snr_infinite, digits=1)
-        label = labelled(pair.snr, pair.snr_infinite)
         said = f"  {label}" * bool(label) + "  one kernel class" * same_class
         yield f"{name:<{side}}{distance(pair.signal):>11}{distance(pair.noise):>11}{ratio:>9}{said}"
 

@@ -1,20 +1,36 @@
-"""The report as text, in the shape of the published studies: environment, matrices, SNR, pairs, verdict."""
+"""The report as text: the verdict and its reasons first and last, between them the tables in the shape of the published studies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fpforensics.common.config import config_id
+from fpforensics.common.config import claim_of
 from fpforensics.common.signals import PHASES, Phase
 from fpforensics.verifier.decision import RowVerdict
 from fpforensics.verifier.environment_diff import Difference, mismatches
-from fpforensics.verifier.report import caveats, clean, floors, headline, layers, row_snr, tables
+from fpforensics.verifier.matrix import MatrixReport, PairSnr
+from fpforensics.verifier.report import (
+    NO_SCALE,
+    SAME_KERNELS,
+    caveats,
+    clean,
+    floors,
+    headline,
+    layers,
+    misfits,
+    noted,
+    pair_scale,
+    row_snr,
+    scale,
+    tables,
+)
 
 if TYPE_CHECKING:
     from fpforensics.verifier.check import CheckResult
 
 _SIGN = {"CONSISTENT": "✓", "INCONSISTENT": "✗", "INCONCLUSIVE": "?"}
+_LONGEST_LINE = 2000
 
 
 def render(result: CheckResult) -> str:
@@ -22,7 +38,16 @@ def render(result: CheckResult) -> str:
     return tables.finish(_report(result))
 
 
+def one_line(result: CheckResult) -> str:
+    """The verdict and the reasons for it, of the rows that decided; cleaned, without a newline."""
+    deciding = [row for row in result.rows if row.verdict == result.verdict]
+    several = len(result.rows) > 1
+    said = [f"{row.config_id}: " * several + "; ".join(row.reasons) for row in deciding]
+    return clean(f"{_SIGN[result.verdict]} {result.verdict}: {' | '.join(said)}", _LONGEST_LINE)
+
+
 def _report(result: CheckResult) -> Iterator[str]:
+    yield from _verdict(result)
     yield from tables.heading(f"VERIFICATION (teacher-forcing, {result.mode})")
     yield f"Bundle:     {result.bundle_digest}"
     yield f"Signed by:  {result.signer}"
@@ -36,26 +61,60 @@ def _report(result: CheckResult) -> Iterator[str]:
     for phase in PHASES:
         if headline(result.matrices, phase):
             yield from _phase(result, phase)
-    yield from tables.phases_compared(
-        (phase, each.signal, each) for phase in PHASES for each in headline(result.matrices, phase)
-    )
-    yield from _verdict(result)
+    yield from _phases_compared(result)
+    yield from ("", f"{_SIGN[result.verdict]} {result.verdict}")
+
+
+def _verdict(result: CheckResult) -> Iterator[str]:
+    yield from tables.heading("VERDICT")
+    for row in result.rows:
+        yield from ("", f"{_SIGN[row.verdict]} {row.config_id}: {row.verdict}", f"  Claim: {row.claim}")
+        yield from (f"  - {reason}" for reason in row.reasons)
+        if row.kernel_class:
+            yield f"  The claim covers a kernel class: {' = '.join(row.kernel_class)}"
+        yield f"  SNR, contradicting over fitting: {row_snr(row)}"
+        yield from _scores(row)
+    unexpected = mismatches(result.environment)
+    if unexpected:
+        yield from tables.mismatch_warning()
+        yield from map(_compared, unexpected)
+    yield from ("", "What this cannot tell:")
+    yield from (f"  - {caveat}" for caveat in caveats(result))
+
+
+def _scores(row: RowVerdict) -> Iterator[str]:
+    side = max([12, *(len(score.id) for score in row.scores)])
+    yield ""
+    yield f"  {'Member':<{side}}{'Claim':>13}{'Noise floors':>14}{'Nearest in':>12}"
+    for score in row.scores:
+        amount = "identical" if score.bit_identical else floors(score.floors)
+        share = f"{score.nearest_in} of {row.references}"
+        holds = "holds" if score.fits else "contradicted"
+        yield f"  {score.id:<{side}}{holds:>13}{amount:>14}{share:>12}"
 
 
 def _environment(differences: Sequence[Difference]) -> Iterator[str]:
     yield from tables.heading("ENVIRONMENT COMPARISON")
-    hardware = [each for each in differences if each.kind == "hardware" or (each.expected and not each.equal)]
+    tested = [each for each in differences if each.tested and not each.equal]
+    hardware = [
+        each
+        for each in differences
+        if each not in tested and (each.kind == "hardware" or (each.expected and not each.equal))
+    ]
     groups = (
-        ("Critical dependencies:", [each for each in differences if each not in hardware]),
-        ("Expected differences (hardware):", hardware),
+        ("Critical dependencies:", [each for each in differences if each not in hardware and each not in tested]),
+        ("What the claim or the lineup is about:", tested),
+        ("Expected differences (hardware, replay mode):", hardware),
     )
     for title, group in groups:
-        yield from ("", title)
-        for each in group:
-            sides = (("prover", each.prover), ("verifier", each.verifier))
-            yield tables.compared(each.name, sides, equal=each.equal, expected=each.expected)
-    if mismatches(tuple(differences)):
-        yield from tables.mismatch_warning()
+        if group:
+            yield from ("", title)
+            yield from map(_compared, group)
+
+
+def _compared(each: Difference) -> str:
+    sides = (("prover", each.prover), ("verifier", each.verifier))
+    return tables.compared(each.name, sides, equal=each.equal, expected=each.expected)
 
 
 def _lineup(result: CheckResult) -> Iterator[str]:
@@ -65,8 +124,7 @@ def _lineup(result: CheckResult) -> Iterator[str]:
         if member.skipped:
             yield f"      not run: {clean(member.skipped)}"
             continue
-        if member.runs_as != member.config:
-            yield f"      run as {config_id(member.runs_as, member.config)}"
+        yield f"      run as {claim_of(member.runs_as)}"
         kernels = member.facts.attention_kernels.items() if member.facts else ()
         ran = "; ".join(f"{phase}: {', '.join(names)}" for phase, names in kernels)
         yield f"      {member.seconds:.1f} s{', attention ' + ran if ran else ''}"
@@ -88,34 +146,36 @@ def _phase(result: CheckResult, phase: Phase) -> Iterator[str]:
     yield from tables.heading("AGGREGATE (average across references):")
     for matrix in matrices:
         yield from tables.matrix(matrix.signal, matrix.rows, matrix.columns, matrix.aggregate)
-    named = [(each.signal, each) for each in matrices]
-    yield from tables.snr_analysis(named, "prover against verifier, same config")
-    yield from tables.layer_by_layer([(each.signal, each.layer, each) for each in layers(result.matrices, phase)])
-    for matrix in matrices:
-        pairs = [(f"{pair.a} vs {pair.b}", pair, pair.same_kernel_class) for pair in matrix.pairwise]
-        yield from tables.pairs(matrix.signal, phase, pairs)
+    unfit = [misfits(matrix, result.rows) for matrix in matrices]
+    yield from tables.snr_analysis(
+        [(each.signal, each) for each in matrices],
+        "prover against verifier, same config",
+        list(map(scale, matrices, unfit)),
+        noted,
+    )
+    single = layers(result.matrices, phase)
+    yield from tables.layer_by_layer([(each.signal, each.layer, each) for each in single])
+    yield from _explained(single)
+    for matrix, names in zip(matrices, unfit, strict=True):
+        yield from tables.pairs(
+            matrix.signal,
+            phase,
+            [(f"{pair.a} vs {pair.b}", pair, pair.same_kernel_class) for pair in matrix.pairwise],
+            [pair_scale(pair, names) for pair in matrix.pairwise],
+        )
+        yield from _explained(matrix.pairwise, any(pair.a in names or pair.b in names for pair in matrix.pairwise))
 
 
-def _verdict(result: CheckResult) -> Iterator[str]:
-    yield from tables.heading("VERDICT")
-    for row in result.rows:
-        yield from ("", f"{_SIGN[row.verdict]} {row.config_id}: {row.verdict}", f"  Claim: {row.claim}")
-        yield from (f"  - {reason}" for reason in row.reasons)
-        if row.kernel_class:
-            yield f"  The claim covers a kernel class: {' = '.join(row.kernel_class)}"
-        yield f"  SNR, contradicting over fitting: {row_snr(row)}"
-        yield from _scores(row)
-    yield from ("", "What this cannot tell:")
-    yield from (f"  - {caveat}" for caveat in caveats(result))
-    yield from ("", f"{_SIGN[result.verdict]} {result.verdict}")
+def _phases_compared(result: CheckResult) -> Iterator[str]:
+    shown = [(phase, each.signal, each) for phase in PHASES for each in headline(result.matrices, phase)]
+    yield from tables.phases_compared(shown)
+    matrices = [each for _, _, each in shown]
+    yield from _explained(matrices, any(misfits(each, result.rows) for each in matrices))
 
 
-def _scores(row: RowVerdict) -> Iterator[str]:
-    side = max(12, *(len(score.id) for score in row.scores))
-    yield ""
-    yield f"  {'Member':<{side}}{'Claim':>13}{'Noise floors':>14}{'Nearest in':>12}"
-    for score in row.scores:
-        amount = "identical" if score.bit_identical else floors(score.floors)
-        share = f"{score.nearest_in} of {row.references}"
-        holds = "holds" if score.fits else "contradicted"
-        yield f"  {score.id:<{side}}{holds:>13}{amount:>14}{share:>12}"
+def _explained(ratios: Iterable[MatrixReport | PairSnr], unfit: bool = False) -> Iterator[str]:
+    """What a table's numbers do not say of themselves."""
+    if any(each.snr_infinite for each in ratios):
+        yield f"inf: {SAME_KERNELS}"
+    if unfit:
+        yield NO_SCALE

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from assets.generate import FOLDER, GOLDEN
+from click.testing import CliRunner
 from synthetic import OTHER_KEY, TEST_KEY
 
 from fpforensics.common.errors import EvidenceError
 from fpforensics.common.inspect import BundleSummary, render_json, render_text, summarize
-from fpforensics.common.keys import Keyring
+from fpforensics.common.keys import Keyring, PrivateKey
+from fpforensics.prover.cli.inspect import inspect
 
 PATH = FOLDER / GOLDEN
 TRUSTING = Keyring([TEST_KEY.public])
@@ -104,3 +106,23 @@ def test_no_torch_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "trusted", "code"), [(False, None, 0), (False, TEST_KEY, 0), (True, None, 4), (False, OTHER_KEY, 4)]
+)
+def test_damage_and_distrust_are_in_the_exit_code(
+    tmp_path: Path, changed: bool, trusted: PrivateKey | None, code: int
+) -> None:
+    bundle = tmp_path / "bundle.msgpack"
+    data = bytearray(PATH.read_bytes())
+    data[-1] ^= 0x80 * changed
+    bundle.write_bytes(data)
+    arguments = [str(bundle)]
+    if trusted is not None:
+        (tmp_path / "key.pub").write_bytes(trusted.public.pem())
+        arguments += ["--key", str(tmp_path / "key.pub")]
+    for form in ([], ["--json"]):
+        done = CliRunner().invoke(inspect, [*arguments, *form])
+        assert done.exit_code == code
+        assert ("DAMAGED" in done.output) == (changed and not form)

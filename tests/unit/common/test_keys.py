@@ -4,7 +4,9 @@ import os
 import stat
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
@@ -13,6 +15,8 @@ from synthetic import OTHER_KEY, TEST_KEY
 
 from fpforensics.common.errors import SignatureError, UsageError
 from fpforensics.common.keys import Keyring, PrivateKey, generate, load_private, load_public, public_path
+from fpforensics.prover.cli import cli as prover
+from fpforensics.verifier.cli import cli as verifier
 
 
 def test_a_generated_pair_signs_and_verifies(tmp_path: Path) -> None:
@@ -77,9 +81,13 @@ def test_the_wrong_kind_of_key_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a\.key is a private key") as caught:
         load_public(tmp_path / "a.key")
     assert str(public_path(tmp_path / "a.key")) in caught.value.hint
-    (tmp_path / "a.key.pub").chmod(0o600)
-    with pytest.raises(UsageError, match="no PEM private key"):
+    with pytest.raises(UsageError, match=r"a\.key\.pub is a public key") as caught:
         load_private(tmp_path / "a.key.pub")
+    assert caught.value.hint == f"give {tmp_path / 'a.key'}"
+    (tmp_path / "a.key.pub").rename(tmp_path / "renamed")
+    with pytest.raises(UsageError, match="is a public key") as caught:
+        load_private(tmp_path / "renamed")
+    assert "beside it" in caught.value.hint
     with pytest.raises(UsageError, match="does not exist"):
         load_private(tmp_path / "b.key")
     with pytest.raises(UsageError, match="is not a file"):
@@ -100,6 +108,16 @@ def test_other_algorithms_and_encrypted_keys_are_refused(tmp_path: Path) -> None
     path.write_bytes(key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo))
     with pytest.raises(UsageError, match="not Ed25519"):
         load_public(path)
+
+
+@pytest.mark.parametrize(("program", "group"), [("prover", prover), ("verifier", verifier)])
+def test_each_keygen_names_its_own_program(program: str, group: click.Group, tmp_path: Path) -> None:
+    runner = CliRunner()
+    shown = runner.invoke(group, ["keygen", "--help"]).output
+    assert f"{program} keygen {program}.key" in shown
+    path = tmp_path / "new.key"
+    assert runner.invoke(group, ["keygen", str(path)]).exit_code == 0
+    assert load_private(path).public == load_public(public_path(path))
 
 
 @settings(deadline=None)

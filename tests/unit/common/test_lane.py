@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fpforensics.common.errors import CancelledError, LimitError, ReplayError
+from fpforensics.common.errors import CancelledError, DeadlineError, LimitError, ReplayError, UnavailableError
 from fpforensics.common.lane import Cancelled, Lane, Report
 
 
@@ -169,3 +169,58 @@ def test_one_who_leaves_while_waiting_never_runs(lane: Lane) -> None:
     assert list(first) == []
     assert drain(lane, lambda _report, _cancelled: 3) == ([], 3)
     assert not ran.is_set()
+
+
+def until_stopped(report: Report, cancelled: Cancelled) -> int:
+    report("begun", 1, 3)
+    while not cancelled():
+        threading.Event().wait(0.01)
+    raise ReplayError("the worker was killed")  # nobody is to hear this
+
+
+def test_silent_work_says_its_last_progress_again() -> None:
+    go = threading.Event()
+
+    def work(report: Report, cancelled: Cancelled) -> int:
+        assert go.wait(10)
+        report("begun", 1, 3)
+        while not cancelled():
+            threading.Event().wait(0.01)
+        return 1
+
+    lane = Lane("job", heartbeat=0.01)
+    context = Context()
+    reading = lane.run(context, work, lambda progress: (progress.stage, progress.done, progress.total))
+    assert [next(reading) for _ in range(3)] == [("job under way", 0, 0)] * 3
+    go.set()
+    while next(reading) != ("begun", 1, 3):
+        pass
+    assert [next(reading) for _ in range(3)] == [("begun", 1, 3)] * 3
+    reading.close()
+    lane.close()
+
+
+def test_work_that_takes_too_long_is_stopped_and_the_next_gets_its_own_time() -> None:
+    lane = Lane("job", waiting=1, seconds=0.2)
+    reading = lane.run(Context(), until_stopped, lambda progress: progress.stage)
+    assert next(reading) == "begun"
+    waiting = lane.run(Context(), lambda _report, _cancelled: 5, lambda progress: progress.stage)
+    assert next(waiting) == "waiting for 1 earlier job"
+    with pytest.raises(DeadlineError, match=r"job stopped: it took more than the 0\.2 seconds") as caught:
+        list(reading)
+    assert "--max-seconds" in caught.value.hint
+    assert list(waiting) == []  # its time began with its turn
+    assert drain(lane, lambda _report, _cancelled: 3) == ([], 3)
+    lane.close()
+
+
+def test_stopping_ends_what_runs_what_waits_and_what_comes_later(lane: Lane) -> None:
+    running = lane.run(Context(), until_stopped, lambda progress: progress.stage)
+    assert next(running) == "begun"
+    waiting = lane.run(Context(), lambda _report, _cancelled: 5, lambda progress: progress.stage)
+    assert next(waiting) == "waiting for 1 earlier job"
+    lane.stop(UnavailableError("the server is stopping"))
+    later = lane.run(Context(), lambda _report, _cancelled: 5, lambda progress: progress.stage)
+    for each in (running, waiting, later):
+        with pytest.raises(UnavailableError, match="the server is stopping"):
+            list(each)

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from tiny_models import SPECIAL_TOKENS, VOCAB_SIZE, make_tiny_model
 
 from fpforensics.common.errors import Error, UsageError
-from fpforensics.common.models import load_tokenizer, resolve_model, vocab_size, weights_digest
+from fpforensics.common.models import (
+    context_length,
+    load_tokenizer,
+    num_layers,
+    resolve_model,
+    vocab_size,
+    weights_digest,
+)
 
 
 def test_embedded(smollm2: Path) -> None:
@@ -56,7 +63,8 @@ def test_absent_hugging_face_id(allow_download: bool, tmp_path: Path, monkeypatc
     [
         ("smollm2-135n", "did you mean 'smollm2-135m'?"),
         ("hous-model", "did you mean 'house-model'?"),
-        ("zzz", "known: house-model, smollm2-135m"),
+        ("zzz", "known: house-model, smollm2-135m; or give a folder, or a Hugging Face id"),
+        ("smollm2-135n", "'smollm2-135m'? Or give a folder"),
         ("", "empty"),
         ("a" * 2000, "too long"),
         ("a\x00b", "unprintable"),
@@ -121,6 +129,27 @@ def test_vocab_size_of_bad_config(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UsageError, match=r"config\.json"):
         vocab_size(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "layers", "context"),
+    [
+        ({"num_hidden_layers": 30, "max_position_embeddings": 8192}, 30, 8192),
+        ({"n_layer": 12, "n_positions": 1024}, 12, 1024),
+        ({"text_config": {"num_hidden_layers": 4, "max_position_embeddings": 100}}, 4, 100),
+        ({"max_position_embeddings": 100, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, None, 400),
+        ({"max_position_embeddings": 100, "rope_parameters": {"rope_type": "default"}}, None, 100),
+        ({"max_position_embeddings": 100, "rope_parameters": {"factor": "4"}}, None, 100),
+        ({"num_hidden_layers": True, "max_position_embeddings": -1}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_depth_and_context_are_read_where_they_are_stated(
+    tmp_path: Path, content: dict[str, object], layers: int | None, context: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert num_layers(tmp_path) == layers
+    assert context_length(tmp_path) == context
 
 
 def test_folder_without_tokenizer(tmp_path: Path) -> None:

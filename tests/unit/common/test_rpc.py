@@ -150,6 +150,7 @@ def test_statuses_tell_apart_what_a_caller_must_do_differently() -> None:
         "ReplayError": codes.ABORTED,
         "NondeterminismError": codes.ABORTED,
         "CancelledError": codes.CANCELLED,
+        "DeadlineError": codes.DEADLINE_EXCEEDED,
         "UnavailableError": codes.UNAVAILABLE,
     }
     assert codes.INTERNAL not in STATUS.values()  # that one means a bug
@@ -216,3 +217,43 @@ def test_nobody_there_is_unavailable(failing: tuple[Failing, Any]) -> None:
         stub: Any = evidence_pb2_grpc.ProverStub(channel)  # type: ignore[no-untyped-call]
         with pytest.raises(UnavailableError), translated():
             stub.Describe(pb.DescribeRequest(), timeout=10)
+
+
+class _Broken(grpc.RpcError):
+    """What gRPC itself says of a connection."""
+
+    def __init__(self, details: str) -> None:
+        self._details = details
+
+    def trailing_metadata(self) -> Any:
+        return None
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return self._details
+
+
+@pytest.mark.parametrize(
+    ("details", "hint"),
+    [
+        ("Too many pings", "pings that keep a quiet call alive"),
+        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:1: Connection refused", "server runs"),
+        ("errors resolving nosuch.invalid:1: [field:hostname lookup error: Domain name not found]", "host's name"),
+        ("failed to connect to all addresses; last error: Tls handshake failed (TSI_PROTOCOL_FAILURE)", "certificate"),
+        (
+            "failed to connect to all addresses; last error: INTERNAL: Failed parsing HTTP/2 (Expected SETTINGS frame",
+            "port",
+        ),
+        ("failed to connect to all addresses; last error: UNAVAILABLE: ipv4:1.2.3.4:1: Socket closed", "asks for TLS"),
+        ("Stream removed (Socket closed)", "connection broke"),
+        ("Cancelling all calls", "connection broke"),
+        ("", "connection broke"),
+    ],
+)
+def test_a_failed_connection_comes_with_a_fitting_way_out(details: str, hint: str) -> None:
+    error = error_of(_Broken(details))
+    assert type(error) is UnavailableError
+    assert error.message.startswith("no connection to the server")
+    assert hint in error.hint

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from fpforensics.common import access, serving
 from fpforensics.common.access import Access, Connection, Listen, is_loopback, read_token
 from fpforensics.common.errors import UnavailableError, UsageError
 from fpforensics.common.rpc import translated
@@ -317,8 +323,92 @@ def _listed_services(channel: grpc.Channel) -> list[str]:
 
 
 def test_a_port_in_use_is_an_error_and_not_shared() -> None:
-    with serve(Listen()) as server, pytest.raises(UsageError, match="cannot listen"):
+    with (
+        serve(Listen()) as server,
+        pytest.raises(UsageError, match=r"cannot listen on .*: address already in use") as caught,
+    ):
         serve(Listen(address=f"127.0.0.1:{server.port}"))
+    assert "another port" in caught.value.hint
+    serve(Listen(address=f"127.0.0.1:{server.port}")).stop(grace=0)  # at once: what was closed is not in use
+
+
+@pytest.mark.parametrize(
+    ("address", "said"), [("nosuch.invalid:0", "no such host"), ("192.0.2.1:0", "cannot assign requested address")]
+)
+def test_an_address_of_another_machine_is_none_to_listen_on(
+    certificates: Certificates, tmp_path: Path, address: str, said: str
+) -> None:
+    cert, key = certificates.server
+    token = write_token(tmp_path / "token")
+    with pytest.raises(UsageError, match=f"cannot listen on {address}: {said}") as caught:
+        serve(Listen(address=address, tls_cert=cert, tls_key=key, token_file=token))
+    assert caught.value.hint == "give an address of this machine"
+
+
+def test_a_port_in_use_is_one_line_on_stderr(tmp_path: Path) -> None:
+    """gRPC's C core prints lines of its own, past Python."""
+    command = Path(sys.executable).parent / "prover"
+    subprocess.run([command, "keygen", tmp_path / "key"], check=True, capture_output=True)
+    with serve(Listen()) as server:
+        done = subprocess.run(
+            [command, "serve", "--key", tmp_path / "key", "--listen", f"127.0.0.1:{server.port}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot listen on ")
+    assert done.stderr.count("\n") == 1
+
+
+class Quiet(evidence_pb2_grpc.ProverServicer):
+    """Says nothing until it is let go or the call is over."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def RunSession(self, request: Any, context: Any) -> Iterator[pb.SessionEvent]:  # noqa: N802
+        context.add_callback(self.over.set)
+        assert self.over.wait(60)
+        yield pb.SessionEvent(progress=pb.Progress(stage="still here"))
+
+
+def listen_quietly(target: str) -> list[str]:
+    with Connection(target) as connection, translated():
+        stub: Any = evidence_pb2_grpc.ProverStub(connection.channel)  # type: ignore[no-untyped-call]
+        return [event.progress.stage for event in stub.RunSession(pb.SessionRequest(), timeout=60)]
+
+
+def test_a_quiet_call_outlives_its_clients_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers get the same pings. The one that allows them answers; the one that does not has cut its client off."""
+    assert serving.MIN_PING_MS < access.KEEPALIVE_MS
+    monkeypatch.setattr(access, "KEEPALIVE_MS", 100)
+    patient, strict = Quiet(), Quiet()
+    add: Any = evidence_pb2_grpc.add_ProverServicer_to_server
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(serving, "MIN_PING_MS", 1)
+        with start_server(Listen(), lambda it: add(patient, it), SERVICE) as server:
+            answer = pool.submit(listen_quietly, f"127.0.0.1:{server.port}")
+            monkeypatch.undo()
+            monkeypatch.setattr(access, "KEEPALIVE_MS", 100)
+            with (
+                start_server(Listen(), lambda it: add(strict, it), SERVICE) as other,
+                pytest.raises(UnavailableError, match=r"(?i)too many pings"),
+            ):
+                listen_quietly(f"127.0.0.1:{other.port}")
+            assert not patient.over.wait(1.5)  # and one ping more, should it have been a little later
+            patient.over.set()
+            assert answer.result(timeout=10) == ["still here"]
+
+
+def test_a_signal_is_heard_before_the_server_has_stopped() -> None:
+    heard: list[str] = []
+    with serve(Listen()) as server:
+        target = f"127.0.0.1:{server.port}"
+        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        server.wait(stopping=lambda: heard.append(describe(target)))
+    assert heard == ["me"]
 
 
 def test_damaged_tls_files_are_named(tmp_path: Path) -> None:

@@ -6,9 +6,17 @@ from typing import Any
 
 import msgspec
 
+from fpforensics.common.config import ExecutionConfig, parse_claim, parse_config
 from fpforensics.common.engines.base import EngineFacts, ModelFacts
 from fpforensics.common.environment import Environment
-from fpforensics.verifier.environment_diff import ABSENT, Difference, compare_environments, mismatches
+from fpforensics.verifier.environment_diff import (
+    ABSENT,
+    NOT_RUN,
+    Difference,
+    compare_environments,
+    fields_under_test,
+    mismatches,
+)
 
 A100 = Environment(
     hostname="637c3157512e", platform="Linux", python="3.12.3", cpu="AMD EPYC 7763", cpu_count=64,
@@ -81,3 +89,54 @@ def test_a_cpu_has_other_builds_and_no_gpu_libraries() -> None:
     assert [each.name for each in mismatches(older)] == ["torch"]
     same_device = compare_environments(A100, FACTS, change(A100, packages={"torch": "2.9.1"}), FACTS)
     assert [each.name for each in mismatches(same_device)] == ["vllm"]
+
+
+def test_a_prefill_replay_runs_no_decode_kernels() -> None:
+    prover = change(FACTS, numerics={"matmul_operators": "aten::bmm, aten::mm"})
+    replay = change(FACTS, attention_kernels={"prefill": ["flash"]}, numerics={"matmul_operators": "aten::mm"})
+    differences = compare_environments(A100, prover, A100, replay, mode="prefill")
+    assert mismatches(differences) == ()
+    (decode,) = [each for each in differences if each.name == "attention (decode)"]
+    assert (decode.verifier, decode.equal, decode.expected, decode.tested) == (NOT_RUN, False, True, False)
+    # a decode replay that ran none is another thing, and so is an operator that the prover never ran
+    assert len(mismatches(compare_environments(A100, prover, A100, replay))) == 2
+    other = change(replay, numerics={"matmul_operators": "aten::addmm"})
+    assert [each.name for each in mismatches(compare_environments(A100, prover, A100, other, mode="prefill"))] == [
+        "matmul_operators"
+    ]
+
+
+def test_a_variable_is_compared_once() -> None:
+    variables = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    prover = change(FACTS, numerics={"threads": "2", **variables})
+    differences = compare_environments(
+        change(A100, variables=variables), prover, A100, change(FACTS, numerics={"threads": "2"})
+    )
+    assert [each.name for each in mismatches(differences)] == list(variables)
+    names = [each.name for each in differences if each.kind == "kernels"]
+    assert len(names) == len(set(names))
+
+
+def test_a_prover_hides_no_kernel_by_naming_a_variable_like_it() -> None:
+    odd = change(A100, variables={"attention (prefill)": "flash", "quantization": "awq_marlin"})
+    facts = change(FACTS, attention_kernels={"prefill": ["math"], "decode": ["flash"]})
+    found = mismatches(compare_environments(odd, facts, A100, FACTS))
+    assert ("attention (prefill)", "math", "flash") in [(each.name, each.prover, each.verifier) for each in found]
+
+
+def test_what_the_claim_or_the_lineup_is_about_is_no_software_difference() -> None:
+    lied = change(FACTS, quantization_kernel="bitsandbytes", numerics={"threads": "1"})
+    plain = change(FACTS, quantization_kernel="", numerics={"threads": "2"})
+    found = compare_environments(A100, lied, A100, plain, tested={"quantization"})
+    assert [each.name for each in mismatches(found)] == ["threads"]
+    assert [each.name for each in found if each.tested and not each.equal] == ["quantization"]
+    assert [each.name for each in mismatches(compare_environments(A100, lied, A100, plain))] == [
+        "quantization",
+        "threads",
+    ]
+
+
+def test_fields_under_test_are_those_of_the_claim_and_those_that_the_lineup_varies() -> None:
+    lineup = [ExecutionConfig(), parse_config("attn=eager"), parse_config("attn=eager,dtype=fp16")]
+    assert fields_under_test(None, lineup[:1]) == frozenset()
+    assert fields_under_test(parse_claim("quant=none"), lineup) == {"quantization", "attention", "dtype"}

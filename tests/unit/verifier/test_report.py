@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from page_parser import Page
 
-from fpforensics.common.config import ExecutionConfig, parse_config
+from fpforensics.common.config import ExecutionConfig, claim_of, parse_config
 from fpforensics.common.engines.base import EngineFacts, ModelFacts
 from fpforensics.common.environment import Environment
 from fpforensics.common.errors import MissingDependencyError
@@ -25,7 +25,18 @@ from fpforensics.verifier.decision import Member, combine_rows, decide_row
 from fpforensics.verifier.distance import Cell
 from fpforensics.verifier.environment_diff import compare_environments
 from fpforensics.verifier.matrix import Measurement, build_matrices, kernel_classes
-from fpforensics.verifier.report import clean, heatmap, html, log_scale, text
+from fpforensics.verifier.report import (
+    NO_SCALE,
+    SAME_KERNELS,
+    clean,
+    heatmap,
+    html,
+    log_scale,
+    misfits,
+    pair_scale,
+    scale,
+    text,
+)
 
 SPECS = ("attn=sdpa,dtype=bf16", "attn=eager", "quant=bnb-nf4", "attn=sdpa_math")
 LAYERS: dict[Signal, tuple[str, ...]] = {
@@ -172,6 +183,7 @@ def hostile_sample() -> CheckResult:
 def test_text_has_the_published_sections_in_order() -> None:
     lines = text.render(sample()).splitlines()
     sections = (
+        "VERDICT",
         "VERIFICATION (teacher-forcing, decode)",
         "ENVIRONMENT COMPARISON",
         "LINEUP",
@@ -182,11 +194,143 @@ def test_text_has_the_published_sections_in_order() -> None:
         "PAIRWISE SNR SUMMARY TABLE: LOGPROBS (PREFILL)",
         "CLAIMED × VERIFIED (DECODE)",
         "PREFILL vs DECODE COMPARISON",
-        "VERDICT",
     )
     at = [lines.index(section) for section in sections]
     assert at == sorted(at)
     assert lines[-1] == "✓ CONSISTENT"
+
+
+def test_text_begins_with_what_a_reader_came_for() -> None:
+    other = compare_environments(environment(), facts(), environment(), facts(versions={"torch": "2.11.0+cu128"}))
+    result = sample(true="quant=bnb-nf4", environment=other)
+    lines = text.render(result).splitlines()
+    parts = (
+        f"✗ {SPECS[0]}: INCONSISTENT",
+        "  - " + result.rows[0].reasons[0],
+        next(line for line in lines if line.startswith("  Member ")),
+        "⚠ ENVIRONMENT MISMATCHES DETECTED",
+        "  ✗ torch: prover=2.13.0+cu128, verifier=2.11.0+cu128",
+        "What this cannot tell:",
+        "VERIFICATION (teacher-forcing, decode)",
+    )
+    at = [lines.index(part) for part in parts]
+    assert at == sorted(at) and at[0] < 8 and at[-1] < 40
+
+
+def test_one_line_holds_the_verdict_and_its_reasons() -> None:
+    caught = sample(true="quant=bnb-nf4")
+    line = text.one_line(caught)
+    assert line == f"✗ INCONSISTENT: {'; '.join(caught.rows[0].reasons)}"
+    several = msgspec.structs.replace(
+        caught, rows=(msgspec.structs.replace(caught.rows[0], config_id="other", verdict="CONSISTENT"), *caught.rows)
+    )
+    assert text.one_line(several) == f"✗ INCONSISTENT: {SPECS[0]}: {'; '.join(caught.rows[0].reasons)}"
+    hostile = text.one_line(hostile_sample())
+    assert hostile.isprintable()
+
+
+LABELS = ("TRIVIALLY DETECTABLE", "CLEARLY DETECTABLE", "MARGINALLY DETECTABLE", "NOT RELIABLY DETECTABLE")
+
+
+def test_a_caught_lie_has_no_scale() -> None:
+    """Its diagonal is the distance to the false claim: labels by it would say of the lie that it cannot be detected."""
+    caught = sample(true="quant=bnb-nf4")
+    assert caught.verdict == "INCONSISTENT"
+    assert all(each.label == "NOT RELIABLY DETECTABLE" for each in caught.matrices)
+    printed, page = text.render(caught), Page(html.render(caught)).text
+    for shown in (printed, page):
+        assert not any(label in shown for label in LABELS)
+        assert "Not Detectable" not in shown
+        assert NO_SCALE in shown
+    assert printed.count(f"→ {NO_SCALE}") == 6  # two phases, three signals
+
+
+def test_a_diagonal_that_is_not_the_smallest_of_its_row_has_no_scale() -> None:
+    matrix = build_matrices(
+        Measurement(row="a", column=column, reference_id="r", distances={Cell("prefill", "logprobs"): distance})
+        for column, distance in (("a", 2.0), ("b", 1.0), ("c", 90.0))
+    )[0].to_report()
+    rows = sample().rows
+    assert misfits(matrix, rows) == {"a"}
+    assert scale(matrix, {"a"}) == NO_SCALE != scale(matrix, ()) == "CLEARLY DETECTABLE (Strong)"
+    (b,) = [pair for pair in matrix.pairwise if pair.b == "b"]
+    assert pair_scale(b, {"a"}) == "no scale" and pair_scale(b, ()) == "NOT RELIABLY DETECTABLE (Not Detectable)"
+    equal = msgspec.structs.replace(matrix, aggregate=((1.0, 1.0, 90.0),))
+    assert misfits(equal, rows) == frozenset()
+
+
+def test_an_honest_claim_keeps_its_labels() -> None:
+    honest = sample(columns=(SPECS[0], "quant=bnb-nf4"))
+    printed, page = text.render(honest), Page(html.render(honest)).text
+    for shown in (printed, page):
+        assert "CLEARLY DETECTABLE" in shown and NO_SCALE not in shown and SAME_KERNELS not in shown
+
+
+def test_a_zero_diagonal_says_what_it_does_not_say() -> None:
+    result = sample(rows=SPECS, claim="", identical=True)
+    printed, page = text.render(result), Page(html.render(result)).text
+    for shown in (printed, page):
+        assert f"inf ({SAME_KERNELS})" in shown
+        assert f"inf: {SAME_KERNELS}" in shown
+
+
+def written(result: CheckResult, path: Path) -> str:
+    """Every text of the picture."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    drawn: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def savefig(figure: Figure, *_: Any, **__: Any) -> None:
+            drawn.extend(each.get_text() for each in figure.findobj(Text))
+
+        patch.setattr(Figure, "savefig", savefig)
+        heatmap.render_png(result, path)
+    return "\n".join(drawn)
+
+
+def test_the_picture_has_no_scale_either(tmp_path: Path) -> None:
+    caught = written(sample(true="quant=bnb-nf4"), tmp_path / "never.png")
+    assert caught.count("no scale") == 7 and NO_SCALE in caught and "SNR" not in caught
+    honest = written(sample(columns=(SPECS[0], "quant=bnb-nf4")), tmp_path / "never.png")
+    assert "SNR" in honest and "no scale" not in honest
+    same = written(sample(rows=SPECS, claim="", identical=True), tmp_path / "never.png")
+    assert f"inf: {SAME_KERNELS}" in same
+
+
+def test_the_lineup_says_whole_what_each_member_ran_as() -> None:
+    """The weights are pinned by digest in what is run: that is no difference, and a short name of one would mislead."""
+    result = sample()
+    nf4 = parse_config("quant=bnb-nf4")
+    ran = msgspec.structs.replace(nf4, weights_digest="sha256:" + "0" * 64, matmul="fp32-rounded")
+    (member,) = [each for each in result.lineup if each.id == "quant=bnb-nf4"]
+    result = msgspec.structs.replace(result, lineup=(msgspec.structs.replace(member, config=nf4, runs_as=ran),))
+    printed, page = text.render(result), Page(html.render(result)).text
+    for shown in (printed, page):
+        assert str(claim_of(ran)) in shown
+    assert "quant=bnb-nf4,attn=sdpa" in str(claim_of(ran)) and "matmul=fp32-rounded" in str(claim_of(ran))
+
+
+def test_what_is_under_test_is_no_software_difference() -> None:
+    lie = compare_environments(
+        environment(),
+        facts(quantization_kernel="bnb"),
+        environment(),
+        facts(),
+        tested={"quantization"},
+    )
+    result = sample(environment=lie)
+    printed, page = text.render(result), Page(html.render(result)).text
+    assert "What the claim or the lineup is about:\n  ✓ quantization: prover=bnb, verifier=none" in printed
+    assert "⚠" not in printed and "unexpected" not in page
+    assert "quantization under test" in " ".join(page.split())
+
+
+def test_ink_is_readable_on_every_page() -> None:
+    """Where a cell is neither light nor dark, its ink is mixed by the same rule on both kinds of pages."""
+    rules = [each for each in html.render(sample()).splitlines() if "--switch" in each]
+    assert len(rules) == 3  # light, dark, and what uses it
 
 
 def test_text_prints_each_matrix_entry_beside_its_configs() -> None:
@@ -198,7 +342,7 @@ def test_text_prints_each_matrix_entry_beside_its_configs() -> None:
     for row, expected in zip(SPECS, result.matrices[0].aggregate, strict=True):
         line = next(line for line in aggregate[start + 2 :] if line.lstrip().startswith(row + " "))
         assert line.split() == [row, *(f"{value:.2e}" for value in expected if value is not None)]
-    assert all(len(line) < 130 for line in lines)
+    assert all(len(line) < 130 for line in lines if not line.startswith("      run as "))
 
 
 def test_text_numbers_the_configs_of_a_table_that_would_be_too_wide() -> None:
@@ -219,7 +363,6 @@ def test_verdicts_reasons_and_what_it_cannot_tell_are_in_text_and_page() -> None
         assert "Could not be run here, so were not compared: attn=flash_attention_2." in shown
         assert "no error rate is known for this verdict" in shown
     assert printed.splitlines()[-1] == "✗ INCONSISTENT"
-    assert "DETECTABLE" not in printed.partition("\nVERDICT\n")[2]
 
 
 def test_kernel_classes_and_bit_identity_are_named() -> None:

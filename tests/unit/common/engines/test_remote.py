@@ -84,7 +84,7 @@ def test_a_worker_does_what_the_engine_does_in_process(host: Host) -> None:
 def test_errors_while_loading_come_from_start_engine(host: Host) -> None:
     with pytest.raises(UsageError, match="tp=2"):
         start_engine(parse_config("model=tiny,tp=2"), host)
-    with pytest.raises(UsageError, match="no engine for backend 'vllm'"):
+    with pytest.raises(UsageError, match="the vLLM engine is not part of this release"):
         start_engine(parse_config("model=tiny,backend=vllm"), host)
 
 
@@ -105,8 +105,9 @@ def test_a_worker_that_ends_by_itself_is_quoted(tmp_path: Path, host: Host) -> N
 
 
 def test_an_interpreter_that_is_not_there(host: Host) -> None:
-    with pytest.raises(ReplayError, match="cannot start the interpreter '/nonexistent/python'"):
+    with pytest.raises(ReplayError, match="cannot start the interpreter '/nonexistent/python'") as failed:
         start_engine(CONFIG, Host(python="/nonexistent/python"))
+    assert "--python" in failed.value.hint
 
 
 def test_an_interpreter_without_fpforensics_is_told_how_to_get_it(tmp_path: Path) -> None:

@@ -217,6 +217,11 @@ WRONG: dict[str, tuple[Callable[[Json], None], str]] = {
         r"runs\[0\].decode_steps\[1\].key_vectors.layer_12.pos_-1: 2 values, 3 in "
         r"runs\[0\].decode_steps\[0\].key_vectors.layer_12.pos_-2",
     ),
+    "longer within a run": (
+        set_at("runs", 0, "decode_steps", 1, "key_vectors", "layer_12", "pos_-1", to=[1.0, 2.0, 3.0, 4.0]),
+        r"runs\[0\].decode_steps\[1\].key_vectors.layer_12.pos_-1: 4 values, 3 in "
+        r"runs\[0\].decode_steps\[0\].key_vectors.layer_12.pos_-2",
+    ),
     "ragged between runs": (
         set_at("runs", 3, "prefill", "key_vectors", "layer_12", to={"pos_-2": [1.0, 2.0], "pos_-1": [1.0, 2.0]}),
         r"runs\[3\].prefill.key_vectors.layer_12: 2 values, 3 in runs\[1\]",
@@ -482,7 +487,10 @@ def test_any_value_anywhere_is_read_or_refused_and_what_is_read_fits_the_schema(
             parent[value] = parent.pop(path[-1])
         else:
             parent[path[-1]] = value
-    file = tmp_path_factory.getbasetemp() / "mutated.json"
+    check_read_or_refused(document, tmp_path_factory.getbasetemp() / "mutated.json")
+
+
+def check_read_or_refused(document: Any, file: Path) -> None:
     file.write_text(json.dumps(document), encoding="utf-8")
     try:
         read_everything(file)
@@ -493,6 +501,19 @@ def test_any_value_anywhere_is_read_or_refused_and_what_is_read_fits_the_schema(
         return
     for problem in jsonschema.Draft202012Validator(experiment_schema()).iter_errors(json.loads(file.read_text())):
         assert problem.absolute_path and problem.absolute_path[-1] in IGNORED, problem.message
+
+
+TINY = make_document(Layout((("h_1", "H100", 1),), ("ref_0",), 1, True, 1, (-1,), (1,), 1, 1, 1))
+PLAIN: list[Any] = [None, True, -1, 0, 1, 1.5, "", "x", [], [1], {}, {"x": 1}, 2**63, 10**400, float("nan"), "\ud800"]
+
+
+@pytest.mark.parametrize("path", list(paths_of(TINY)), ids=str)
+def test_each_kind_of_value_at_each_path(tmp_path: Path, path: tuple[str | int, ...]) -> None:
+    for value in PLAIN:
+        document = copy.deepcopy(TINY)
+        if path:
+            set_at(*path, to=value)(document)
+        check_read_or_refused(document if path else value, tmp_path / "a.json")
 
 
 def _has(holder: Any, step: str | int) -> bool:

@@ -190,7 +190,9 @@ def test_the_same_experiment_is_the_same_bytes(tmp_path: Path) -> None:
     """Packed too: no time, no file name."""
     for name in ("one.json.gz", "two.json.gz"):
         write_experiment(tmp_path / name, METADATA, CONFIGURATIONS, [(one_run(), {})])
-    assert (tmp_path / "one.json.gz").read_bytes() == (tmp_path / "two.json.gz").read_bytes()
+    packed = (tmp_path / "one.json.gz").read_bytes()
+    assert packed == (tmp_path / "two.json.gz").read_bytes()
+    assert packed[3] == 0 and packed[4:8] == bytes(4), "RFC 1952: no flags, no time"
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])

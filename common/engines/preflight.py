@@ -1,0 +1,67 @@
+"""What can be refused before anything is hashed, loaded or started: needs neither torch nor a model."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+
+from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.engines import find_engine
+from fpforensics.common.engines.base import Host
+from fpforensics.common.engines.transformers_load import check_combination, check_packages
+from fpforensics.common.errors import ReplayError, UsageError, shorten
+
+
+def require_host(host: Host) -> None:
+    """Raise :class:`UsageError` for an interpreter that is not there, :class:`ReplayError` for a GPU that is not."""
+    if host.python and shutil.which(host.python, path=host.env.get("PATH")) is None:
+        raise UsageError(
+            f"--python {shorten(host.python)}: no such interpreter", "give one that has fpforensics installed"
+        )
+    if host.device == "cuda" and (why := _no_cuda(host)):
+        raise ReplayError(f"device cuda is not available here: {why}", "use --device auto or cpu")
+
+
+def require_runnable(configs: Iterable[ExecutionConfig], host: Host) -> None:
+    """Raise what the engines would raise for configs that no machine, or not this one, can run.
+
+    Packages are looked for in this interpreter only: what another one holds (``host.python``) is its worker's to say.
+    """
+    for config in configs:
+        find_engine(config)
+        check_combination(config)
+        if not host.python:
+            check_packages(config)
+        if config.attention == "flash_attention_2" and (host.device == "cpu" or _no_cuda(host)):
+            raise ReplayError("attn=flash_attention_2 needs a CUDA device", "use attn=sdpa_flash")
+
+
+def _no_cuda(host: Host) -> str:
+    """Why a worker on ``host`` will certainly see no GPU; empty where only torch can tell."""
+    visible = {**os.environ, **host.env}.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every GPU"
+    if host.python:
+        return ""
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    build = torch.partition("+")[2]
+    if build == "cpu" or sys.platform == "darwin":
+        return f"torch {torch} computes on CPUs only"
+    if (not build or build.startswith("cu")) and "LD_LIBRARY_PATH" not in host.env and not _has_driver():
+        return "no NVIDIA driver is installed"
+    return ""
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True

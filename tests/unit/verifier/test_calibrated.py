@@ -1,0 +1,243 @@
+"""The calibrated decision: its lanes, its rule, and its error rates on evidence that was recorded on an H100 and on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fpforensics.common.config import parse_config
+from fpforensics.common.errors import EvidenceError
+from fpforensics.verifier.calibrated import Calibration, judge
+from fpforensics.verifier.distance import Cell
+from fpforensics.verifier.lanes import ALPHA, LANES, prompts_to_settle, sign_test
+from fpforensics.verifier.lanes import test_member as lanes_of
+from fpforensics.verifier.profile import Pool, Profile, built_in_profile, read_profile
+from fpforensics.verifier.score import EARLY, Scores, score, worth_in_positions
+
+ROOT = Path(__file__).parents[3]
+POOL = Pool(
+    positions=1,
+    prompts=999,
+    floors=tuple(np.linspace(0.2, 0.8, 999).tolist()),
+    noise=tuple(np.linspace(0.9, 1.1, 999).tolist()),
+    margin=tuple(np.linspace(-0.2, 0.9, 999).tolist()),
+)
+
+
+def scores(**floors: float) -> Scores:
+    """Eight prompts at these many floors from each member, with evidence as noisy as it should be."""
+    return Scores(
+        references=tuple(f"ref_{index}" for index in range(8)),
+        positions=16,
+        distance=dict(floors),
+        floors=dict(floors),
+        noise=dict.fromkeys(floors, 1.0),
+        by_prompt={name: (value,) * 8 for name, value in floors.items()},
+    )
+
+
+def calibration(measured: Scores, *uncovered: str, wider: Sequence[str] = ()) -> Calibration:
+    return Calibration(measured, POOL, "test", set(measured.distance) - set(uncovered), wider)
+
+
+def test_honest_evidence_is_consistent_and_its_neighbour_rejected() -> None:
+    found = judge("sdpa", ["sdpa"], ["eager"], calibration(scores(sdpa=0.5, eager=0.75)))
+    assert found.verdict == "CONSISTENT"
+    assert found.tested["eager"].lane == "lineup"
+    assert found.tested["eager"].rejected(ALPHA)
+
+
+def test_the_same_evidence_under_the_false_claim_is_inconsistent() -> None:
+    found = judge("eager", ["eager"], ["sdpa"], calibration(scores(sdpa=0.5, eager=0.75)))
+    assert found.verdict == "INCONSISTENT"
+    assert "sdpa, which contradicts the claim, fits better: eager is 1.50 times as far" in found.reasons[1]
+
+
+def test_further_than_honest_evidence_is_inconsistent_whatever_the_lineup() -> None:
+    found = judge("sdpa", ["sdpa"], [], calibration(scores(sdpa=1.4)))
+    assert (found.verdict, found.tested["sdpa"].lane) == ("INCONSISTENT", "absolute")
+
+
+@pytest.mark.parametrize(("noise", "said"), [(0.1, "too good to be this config"), (1.6, "more than this config makes")])
+def test_evidence_with_the_wrong_noise_of_its_own_is_inconsistent(noise: float, said: str) -> None:
+    measured = msgspec.structs.replace(scores(sdpa=0.5, eager=0.75), noise={"sdpa": noise})
+    found = judge("sdpa", ["sdpa"], ["eager"], calibration(measured))
+    assert (found.verdict, found.tested["sdpa"].lane) == ("INCONSISTENT", "noise")
+    assert said in found.reasons[0]
+
+
+def test_two_members_alike_leave_it_open_and_are_named() -> None:
+    measured = scores(sdpa=0.5, twin=0.56, far=20.0)
+    found = judge("sdpa", ["sdpa"], ["twin", "far"], calibration(measured))
+    assert found.verdict == "INCONCLUSIVE"
+    assert "not told apart from twin" in found.reasons[1]
+    assert "far" not in found.reasons[1]
+
+
+def test_a_kernel_class_is_no_rival_but_stays_open() -> None:
+    measured = scores(sdpa=0.5, twin=0.5)
+    found = judge("sdpa", ["sdpa"], ["twin"], calibration(measured), [("sdpa", "twin")])
+    assert found.verdict == "INCONCLUSIVE"
+
+
+def test_nothing_that_contradicts_is_inconclusive_but_for_identity() -> None:
+    measured = calibration(scores(sdpa=0.5))
+    assert judge("sdpa", ["sdpa"], [], measured).verdict == "INCONCLUSIVE"
+    assert judge("sdpa", ["sdpa"], [], measured, identity_only=True).verdict == "CONSISTENT"
+
+
+def test_an_uncovered_member_is_rejected_by_a_limit_or_by_the_sign_test_alone() -> None:
+    far = judge("sdpa", ["sdpa"], ["nf4"], calibration(scores(sdpa=0.5, nf4=18.0), "nf4"))
+    assert (far.verdict, far.tested["nf4"].lane) == ("CONSISTENT", "limit")
+    near = msgspec.structs.replace(scores(sdpa=0.5, odd=0.8), by_prompt={"sdpa": (0.5,) * 8, "odd": (0.4, 0.8) * 4})
+    assert judge("sdpa", ["sdpa"], ["odd"], calibration(near, "odd")).verdict == "INCONCLUSIVE"
+
+
+def test_a_wider_dtype_is_rejected_where_its_own_evidence_could_not_be() -> None:
+    measured = calibration(scores(sdpa=0.5, anchor=1.0), "anchor", wider=["anchor"])
+    assert judge("sdpa", ["sdpa"], ["anchor"], measured).verdict == "CONSISTENT"
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=30))
+def test_p_values_are_conformal(pool: list[float]) -> None:
+    """A member of the pool itself is never rarer than its rank says, and nothing is below 1 / (n + 1)."""
+    held = Pool(positions=1, prompts=len(pool), floors=tuple(sorted(pool)), noise=(1.0,), margin=tuple(sorted(pool)))
+    assert held.p_floors(max(pool)) >= 2 / (len(pool) + 1) - 1e-12
+    assert held.p_floors(max(pool) * 2) == pytest.approx(1 / (len(pool) + 1))
+    assert held.p_margin(min(pool) / 2) == pytest.approx(1 / (len(pool) + 1))
+    ranks = [held.p_floors(value) for value in sorted(pool)]
+    assert ranks == sorted(ranks, reverse=True)
+
+
+def test_sign_test_is_exact() -> None:
+    assert sign_test([-1.0] * 7) == pytest.approx(2**-7)
+    assert sign_test([-1.0] * 6 + [1.0]) == pytest.approx(8 / 128)
+    assert sign_test([1.0, -1.0]) == pytest.approx(3 / 4)
+
+
+def test_prompts_to_settle() -> None:
+    needed = prompts_to_settle([-1.0] * 4, ALPHA)
+    assert needed == math.ceil(math.log2(LANES / ALPHA))
+    assert prompts_to_settle([1.0, -1.0], ALPHA) is None
+
+
+def test_score_is_in_floors_and_weighs_positions_alike() -> None:
+    cells = {
+        Cell(phase, key.signal, key.layer): value
+        for phase, value in (("prefill", 1.0), ("decode", 4.0))
+        for key in EARLY
+    }  # type: ignore[arg-type]
+    floor = dict.fromkeys(cells, 2.0)
+    found = score(
+        claimed="a",
+        distances={"a": {"ref_0": cells}, "b": {"ref_0": {cell: 3 * value for cell, value in cells.items()}}},
+        own_noise={"a": {"ref_0": floor}},
+        to_anchor={"ref_0": floor},
+        counts={"ref_0": {"prefill": 2, "decode": 1}},
+    )
+    assert found is not None
+    assert found.distance == {"a": pytest.approx(1.0), "b": pytest.approx(3.0)}
+    assert found.noise == {"a": pytest.approx(1.0)}
+    assert found.positions == 3
+
+
+def test_no_score_without_an_early_layer() -> None:
+    late = {Cell("prefill", "hidden_states", "last"): 1.0}
+    arguments = {
+        "claimed": "a",
+        "distances": {"a": {"r": late}},
+        "own_noise": {"a": {"r": late}},
+        "to_anchor": {"r": late},
+    }
+    assert score(**arguments, counts={"r": {"prefill": 1}}) is None  # type: ignore[arg-type]
+
+
+def test_positions_of_many_prompts_are_not_worth_their_sum() -> None:
+    assert worth_in_positions([3] * 24) == 16
+    assert worth_in_positions([3] * 2) == 6
+    assert worth_in_positions([64]) == 64
+    assert worth_in_positions([64, 64]) == 64
+
+
+def test_built_in_profile_covers_what_was_recorded_and_nothing_else() -> None:
+    profile = built_in_profile()
+    assert [pool.positions for pool in profile.pools] == [1, 3, 16, 64]
+    assert all(profile.covers(parse_config(spec)) for spec in ("", "attn=eager", "dtype=fp16", "quant=torchao-int8"))
+    assert not any(
+        profile.covers(parse_config(spec)) for spec in ("dtype=fp32", "compile=true", "quant=bnb-nf4", "attn=flex")
+    )
+    small, large = profile.pool(15), profile.pool(10_000)
+    assert small is not None and small.positions == 3
+    assert large is not None and large.positions == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text.replace(b'"format":1', b'"format":9'), "has format 9"),
+        (lambda text: text[:-20], "is not JSON"),
+        (lambda text: text.replace(b'"positions":1,', b'"positions":0,'), "is empty or not sorted"),
+        (lambda text: text.replace(b'"dtypes"', b'"dtypez"'), "is malformed"),
+    ],
+)
+def test_a_damaged_profile_is_refused(change: object, said: str) -> None:
+    text = msgspec.json.encode(built_in_profile())
+    with pytest.raises(EvidenceError, match=said):
+        read_profile(change(text), "the profile")  # type: ignore[operator]
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    """``bench/decision.py``, which reads the recorded distances."""
+    spec = importlib.util.spec_from_file_location("bench_decision", ROOT / "bench" / "decision.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_decision"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_built_in_profile_is_what_the_recorded_distances_give(bench: ModuleType) -> None:
+    assert bench.build_profile(bench.load()) == built_in_profile()
+
+
+def test_accuracy_of_early_layers_on_recorded_evidence(bench: ModuleType) -> None:
+    """The published finding: block 1's hidden state tells the four kernels apart, the logits do not."""
+    directions = bench.load()
+    assert bench.accuracy(directions, "hidden_states/1", 64) == 1.0
+    assert bench.accuracy(directions, "hidden_states/1", 16) > 0.98
+    assert bench.accuracy(directions, "logprobs", 64) < 0.7
+
+
+@pytest.mark.parametrize(("prompts", "count"), [(1, 3), (3, 16), (8, 64)])
+def test_error_rates_on_recorded_evidence(bench: ModuleType, prompts: int, count: int) -> None:
+    """Honest claims are not accused, gross lies are always caught; a prompt is never judged by a pool that holds it."""
+    directions = bench.load()
+    rng = np.random.default_rng(1)
+    left_out = [bench.build_profile(directions, without) for without in (0, 12)]
+    profiles: list[Profile] = [left_out[0]] * 12 + [left_out[1]] * 12
+    accused = honest = 0
+    for case in bench.cases(directions):
+        rejected, _ = bench.verdicts(case, profiles, prompts, count, 40, rng)
+        if case.honest:
+            accused, honest = accused + rejected, honest + 40
+        elif case.claimed not in bench.KERNELS or case.row not in bench.KERNELS:
+            assert rejected == 40, (case.row, case.claimed)
+        elif count >= 16:
+            assert rejected >= 36, (case.row, case.claimed)
+    assert honest == 600
+    assert accused / honest <= ALPHA
+
+
+def test_the_lanes_never_accuse_evidence_at_the_pools_middle() -> None:
+    assert not lanes_of("sdpa", scores(sdpa=0.5, eager=0.8), POOL, ["eager"]).rejected(0.5)

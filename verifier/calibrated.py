@@ -1,0 +1,140 @@
+"""The calibrated rule: a claim is judged by which members of the lineup could have made the evidence.
+
+In order, after equality has been looked at (rules 1 and 2 of :mod:`fpforensics.verifier.decision`):
+
+ 3. Honest evidence of the claimed config would look like this at most α of the time: INCONSISTENT.
+ 4. Nothing in the lineup contradicts the claim: INCONCLUSIVE, or CONSISTENT for a claim about identity alone.
+ 5. Every member that contradicts the claim is rejected, each at α: CONSISTENT.
+ 6. Otherwise INCONCLUSIVE, naming those that remain.
+
+So an honest claim comes out INCONSISTENT at most α of the time, and a false one CONSISTENT at most α of the time when what
+really ran is in the lineup: as far as the profile's honest prompts speak for this hardware and model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from fpforensics.verifier.lanes import ALPHA, Tested, prompt_margins, prompts_to_settle, rivals_of, test_member
+from fpforensics.verifier.matrix import Classes
+from fpforensics.verifier.profile import Pool
+from fpforensics.verifier.score import Scores
+
+Verdict = Literal["CONSISTENT", "INCONSISTENT", "INCONCLUSIVE"]
+FAR = 2.0
+"""Noise floors beyond which a config that no profile covers is rejected, without an error rate."""
+FAR_FROM_WIDER = 0.5
+"""The same for a config of a wider dtype than the claimed one: what it computes lies at its own replay, hardly a floor away."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One row's scores, the pool that they are held against, and the members that the profile covers.
+
+    ``wider`` are members of a wider dtype than the claimed config's, the anchor among them.
+    """
+
+    scores: Scores
+    pool: Pool
+    profile: str
+    covered: Collection[str]
+    wider: Collection[str] = ()
+    alpha: float = ALPHA
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The rule's answer. ``tested`` holds each member's own test; ``p`` is the claim's."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    p: float
+    tested: dict[str, Tested]
+    prompts_needed: int | None = None
+
+
+def judge(
+    claimed: str,
+    fitting: Collection[str],
+    contradicting: Collection[str],
+    calibration: Calibration,
+    classes: Classes = (),
+    identity_only: bool = False,
+) -> Judgement:
+    """Apply rules 3 to 6. ``claimed`` is one of ``fitting``, and covered by the profile."""
+    scores, pool, alpha = calibration.scores, calibration.pool, calibration.alpha
+    others = [name for name in fitting if name != claimed]
+    # A config that nothing here can tell from the claimed one is no rival of it.
+    rivals = rivals_of(claimed, contradicting, classes)
+    claim = test_member(claimed, scores, pool, rivals, same=others)
+    tested = {claimed: claim}
+    for name in contradicting:
+        against = rivals_of(name, [*fitting, *contradicting], classes)
+        tested[name] = _test(name, against, calibration)
+    where = f"{scores.floors[claimed]:.2f} noise floors from {claimed} in the early layers"
+    if claim.rejected(alpha):
+        return Judgement("INCONSISTENT", _why(claimed, claim, rivals, calibration), claim.p, tested)
+    resting = f"{where}, as honest evidence is ({_p(claim)})"
+    unopposed = "no member of the lineup contradicts the claim"
+    if not contradicting:
+        if identity_only:
+            return Judgement(
+                "CONSISTENT", (resting, f"{unopposed}: this rests on the noise floor alone"), claim.p, tested
+            )
+        return Judgement("INCONCLUSIVE", (resting, f"{unopposed}: add one that does"), claim.p, tested)
+    remain = [name for name in contradicting if not tested[name].rejected(alpha)]
+    if not remain:
+        worst = max(contradicting, key=lambda name: tested[name].p)
+        said = f"every member that contradicts the claim is rejected; the last one to be is {worst} ({_p(tested[worst])}, {tested[worst].lane} lane)"
+        return Judgement("CONSISTENT", (resting, said), claim.p, tested)
+    needed = _needed(remain, [claimed, *others], classes, calibration)
+    said = f"not told apart from {', '.join(sorted(remain))}, which contradict the claim"
+    if needed:
+        said += f": about {needed} prompts like these would settle it"
+    return Judgement("INCONCLUSIVE", (resting, said), claim.p, tested, needed)
+
+
+def _test(name: str, rivals: Collection[str], calibration: Calibration) -> Tested:
+    covered = name in calibration.covered
+    found = test_member(name, calibration.scores, calibration.pool, rivals, covered=covered)
+    if covered or found.rejected(calibration.alpha):
+        return found
+    floors, limit = calibration.scores.floors[name], FAR
+    if name in calibration.wider:
+        floors, limit = calibration.scores.distance[name], FAR_FROM_WIDER
+    return Tested(0.0, "limit", floors) if floors > limit else found
+
+
+def _why(claimed: str, claim: Tested, rivals: Collection[str], calibration: Calibration) -> tuple[str, ...]:
+    scores = calibration.scores
+    said = {
+        "absolute": f"{claim.value:.2f} noise floors from {claimed} in the early layers, further than honest evidence is",
+        "noise": f"its own rounding noise is {claim.value:.2f} times what {claimed} makes: "
+        + ("too good to be this config" if claim.value < 1 else "more than this config makes"),
+        "lineup": f"honest evidence of {claimed} is not this much nearer to another config",
+    }[claim.lane]
+    reasons = [f"{said} ({_p(claim)})"]
+    if rivals:
+        best = min(rivals, key=lambda name: scores.distance[name])
+        if scores.distance[best] < scores.distance[claimed]:
+            times = scores.distance[claimed] / max(scores.distance[best], 1e-9)
+            reasons.append(f"{best}, which contradicts the claim, fits better: {claimed} is {times:.2f} times as far")
+    return tuple(reasons)
+
+
+def _needed(remain: Collection[str], names: list[str], classes: Classes, calibration: Calibration) -> int | None:
+    """Prompts after which the sign test would have rejected each of those that remain."""
+    every = []
+    for name in remain:
+        against = rivals_of(name, names, classes)
+        if not against:
+            return None
+        every.append(prompts_to_settle(prompt_margins([name], calibration.scores, against), calibration.alpha))
+    found = [each for each in every if each is not None]
+    return max(found) if len(found) == len(every) else None
+
+
+def _p(tested: Tested) -> str:
+    return f"p = {tested.p:.2g}" if tested.p > 0 else "a limit without an error rate"

@@ -1,0 +1,191 @@
+"""Replays become distances as they come: to the evidence, to each other, to the anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import msgspec
+
+from fpforensics.common.config import Claim, ExecutionConfig
+from fpforensics.common.engines.base import EngineFacts
+from fpforensics.common.evidence import Row
+from fpforensics.common.signals import PHASES, Phase, Trace
+from fpforensics.verifier import decision
+from fpforensics.verifier.calibrated import Calibration
+from fpforensics.verifier.distance import Cell, trace_distances
+from fpforensics.verifier.intake import VerifiedBundle
+from fpforensics.verifier.matrix import Measurement, kernel_classes
+from fpforensics.verifier.profile import Profile
+from fpforensics.verifier.replay import Member, MemberReplay, fingerprint
+from fpforensics.verifier.score import score
+
+ANCHOR_PREFIX = "anchor:"
+
+
+class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One member of the lineup: what it stands for, what ran, how long it took, or why it was skipped."""
+
+    id: str
+    config: ExecutionConfig
+    runs_as: ExecutionConfig
+    facts: EngineFacts | None
+    seconds: float
+    skipped: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One row under one claim: ``label`` names the claimed config, in matrices and among the lineup."""
+
+    row: Row
+    claim: Claim
+    config: ExecutionConfig
+    label: str
+    anchor: ExecutionConfig | None
+
+
+class Collector:
+    """Turns replays into distances as they come, and keeps only the traces that the noise floor still needs."""
+
+    def __init__(self, bundle: VerifiedBundle, checked: Sequence[Checked]) -> None:
+        self._bundle = bundle
+        self._checked = checked
+        self._configs: dict[str, ExecutionConfig] = {}
+        self._fingerprints: dict[str, tuple[str, ...]] = {}
+        self._kept: dict[tuple[ExecutionConfig, str], Sequence[Trace]] = {}
+        self._distances: dict[tuple[str, str], dict[str, dict[Cell, float]]] = {}  # (label, member) -> reference -> …
+        self._noise: dict[
+            tuple[str, ExecutionConfig], dict[str, dict[Cell, float]]
+        ] = {}  # (label, member) -> reference
+        self.reports: list[MemberReport] = []
+        self.measurements: list[Measurement] = []
+
+    def add(self, replay: MemberReplay) -> None:
+        """Measure one member's replay against every row it replayed."""
+        member = replay.member
+        self.reports.append(
+            MemberReport(
+                id=member.id,
+                config=member.config,
+                runs_as=member.runs_as,
+                facts=replay.facts,
+                seconds=replay.seconds,
+                skipped=replay.skipped,
+            )
+        )
+        if replay.skipped:
+            return
+        needed = {config for each in self._checked for config in (each.config, each.anchor) if config}
+        for each in self._checked:
+            traces = replay.traces.get(each.row.config_id)
+            if traces is None:
+                continue
+            if member.config in needed:
+                self._kept[member.config, each.label] = traces
+            self._measure_noise(each, member, traces)
+            # An anchor that contradicts the claim is a member like any other, for the row that it anchors.
+            if not member.id.startswith(ANCHOR_PREFIX) or not each.claim.holds_for(member.config):
+                self._measure(each, member, traces)
+        self._configs[member.id] = member.config
+        if not member.id.startswith(ANCHOR_PREFIX):
+            self._fingerprints[member.id] = tuple(
+                fingerprint(replay.traces[each.row.config_id]) for each in self._checked
+            )
+
+    def _measure(self, each: Checked, member: Member, traces: Sequence[Trace]) -> None:
+        for trace in traces:
+            distances = trace_distances(self._bundle.trace(each.row, trace.reference_id), trace)
+            self._distances.setdefault((each.label, member.id), {})[trace.reference_id] = distances
+            self.measurements.append(
+                Measurement(row=each.label, column=member.id, reference_id=trace.reference_id, distances=distances)
+            )
+
+    def _measure_noise(self, each: Checked, member: Member, traces: Sequence[Trace]) -> None:
+        """How far the member's replay is from the anchor of the same weights, or the evidence from the anchor itself."""
+        anchor = each.anchor and self._kept.get((each.anchor, each.label))
+        if not each.anchor or not anchor:
+            return
+        if member.config == each.anchor:
+            ours: Sequence[Trace] = [self._bundle.trace(each.row, trace.reference_id) for trace in traces]
+        elif (member.config.model, member.config.quantization) == (each.anchor.model, each.anchor.quantization):
+            ours = traces
+        else:
+            return
+        self._noise[each.label, member.config] = {
+            one.reference_id: trace_distances(one, other) for one, other in zip(ours, anchor, strict=True)
+        }
+
+    def calibration(self, each: Checked, profile: Profile) -> Calibration | None:
+        """What the calibrated rule needs for one row; None where the profile or the evidence does not reach."""
+        if each.anchor is None or not profile.covers(each.config) or (each.label, each.anchor) not in self._noise:
+            return None
+        distances = {name: found for (label, name), found in self._distances.items() if label == each.label}
+        own = {
+            name: self._noise[each.label, config]
+            for name, config in self._configs.items()
+            if (each.label, config) in self._noise and config != each.anchor
+        }
+        scores = score(
+            claimed=each.label,
+            distances=distances,
+            own_noise=own,
+            to_anchor=self._noise[each.label, each.anchor],
+            counts=position_counts(each.row),
+        )
+        pool = profile.pool(scores.positions) if scores is not None else None
+        if scores is None or pool is None:
+            return None
+        covered = {name for name, config in self._configs.items() if profile.covers(config)}
+        wider = {name for name, config in self._configs.items() if config.dtype in ("fp32", "fp64")}
+        return Calibration(scores, pool, profile.name, covered, wider)
+
+    def in_order(self, names: Sequence[str]) -> None:
+        """Put reports and measurements in the order of ``names``, whatever order the replays came in."""
+        place = {name: index for index, name in enumerate(names)}
+        self.reports.sort(key=lambda report: place[report.id])
+        self.measurements.sort(key=lambda each: place[each.column])
+
+    def kernel_classes(self) -> tuple[tuple[str, ...], ...]:
+        """Members whose replays are bit-identical on this machine."""
+        return kernel_classes(
+            (a, b) for a, b in combinations(self._fingerprints, 2) if self._fingerprints[a] == self._fingerprints[b]
+        )
+
+    def members_of(self, each: Checked) -> list[decision.Member]:
+        """The lineup as the decision sees it for one row."""
+        return [
+            decision.Member(id=name, fits=each.claim.holds_for(config), per_reference=self._distances[each.label, name])
+            for name, config in self._configs.items()
+            if (each.label, name) in self._distances
+        ]
+
+    def noise_floor(self, each: Checked) -> dict[Cell, float]:
+        """Per cell, the distance between the claimed config's replay and its anchor's, mean over references."""
+        totals: dict[Cell, list[float]] = {}
+        if each.anchor is None:  # a floor of 0 is no floor: only equality can decide then
+            (cells, *_) = self._distances[each.label, each.label].values()
+            return dict.fromkeys(cells, 0.0)
+        pairs = zip(self._kept[each.config, each.label], self._kept[each.anchor, each.label], strict=True)
+        for claimed, anchor in pairs:
+            for cell, distance in trace_distances(claimed, anchor).items():
+                totals.setdefault(cell, []).append(distance)
+        return {cell: sum(values) / len(values) for cell, values in totals.items()}
+
+    def claimed_facts(self, each: Checked) -> EngineFacts:
+        """What ran when the claimed config was replayed."""
+        facts: Mapping[ExecutionConfig, EngineFacts | None] = {report.config: report.facts for report in self.reports}
+        found = facts[each.config]
+        assert found is not None, "the claimed config is never skipped"
+        return found
+
+
+def position_counts(row: Row) -> dict[str, dict[Phase, int]]:
+    """How many positions each reference holds in each phase."""
+    return {
+        trace.reference_id: {
+            phase: (trace.prefill if phase == "prefill" else trace.decode)["positions"].shape[0] for phase in PHASES
+        }
+        for trace in row.traces
+    }
