@@ -98,6 +98,7 @@ def _options() -> tuple[tuple[str, int], ...]:
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),  # all through a silent call, not only at its beginning
         ("grpc.max_reconnect_backoff_ms", 30_000),
+        ("grpc.use_local_subchannel_pool", 1),  # a new connection is tried at once, whatever befell another
     )
 
 

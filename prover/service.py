@@ -16,7 +16,7 @@ import grpc
 import msgspec
 
 from fpforensics.common.access import Listen
-from fpforensics.common.config import DEFAULT_MODEL
+from fpforensics.common.config import DEFAULT_MODEL, ExecutionConfig, config_id
 from fpforensics.common.engines.base import Host
 from fpforensics.common.environment import describe_environment
 from fpforensics.common.errors import UnavailableError
@@ -116,7 +116,12 @@ class ProverServicer(evidence_pb2_grpc.ProverServicer):
         asked = "; ".join(request.configs[: config.limits.configs])
         with logged("session", context, configs=asked) as entry, self._scratch() as folder:
             plan = plan_of(request, config.models, config.limits)
-            entry.note(references=plan.references, new_tokens=plan.sampling.max_new_tokens)
+            entry.note(
+                model=plan.configs[0].model,
+                configs="; ".join(config_id(config, ExecutionConfig(model=config.model)) for config in plan.configs),
+                references=plan.references,
+                new_tokens=plan.sampling.max_new_tokens,
+            )
             output = Path(folder) / "bundle.msgpack"
 
             def work(report: Report, cancelled: Cancelled) -> str:

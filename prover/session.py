@@ -164,18 +164,22 @@ def check_fit(plan: SessionPlan, checkpoint: Path) -> None:
     """Raise :class:`UsageError` for what the model in the folder ``checkpoint`` cannot do, by its ``config.json``."""
     for config in plan.configs:
         check_checkpoint(config, checkpoint)
-    depth, layers = num_layers(checkpoint), plan.capture.layers
-    named = plan.layers_named or layers != CapturePlan().layers
-    for layer in layers if named and depth is not None else ():
-        if layer != LAST and int(layer) > depth:
-            raise UsageError(
-                f"layer {layer}: the model has {depth} blocks", f"name blocks from 1 to {depth}, or {LAST!r}"
-            )
+    layers = plan.capture.layers
+    if plan.layers_named or layers != CapturePlan().layers:
+        _require_depth(layers, num_layers(checkpoint))
     if plan.capture.top_k > vocab_size(checkpoint):
         raise UsageError(
             f"top-k {plan.capture.top_k}: the model's vocabulary has {vocab_size(checkpoint)} tokens", "ask for fewer"
         )
     _require_context(plan.prompt_tokens, "the prompt", plan, checkpoint)
+
+
+def _require_depth(layers: Sequence[str], depth: int | None) -> None:
+    deepest = max((int(layer) for layer in layers if layer != LAST), default=0)
+    if depth is not None and deepest > depth:
+        raise UsageError(
+            f"layer {deepest}: the model has {depth} blocks", f"name blocks from 1 to {depth}, or {LAST!r}"
+        )
 
 
 def _require_context(prompt: int, what: str, plan: SessionPlan, checkpoint: Path) -> None:

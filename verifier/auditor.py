@@ -24,7 +24,7 @@ from fpforensics.verifier.verdict import VerifiedVerdict, open_verdict
 
 MIN_PREFIX, ID_DIGITS = 6, 32
 RETRY_SECONDS = (1.0, 30.0)
-"""How long a lost connection is left alone: at first, doubled each time, and at most."""
+"""How long to wait before a lost connection is made again: at first, doubled each time, and at most."""
 
 _LIED = "do not rely on this server; tell its operator"
 _RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -42,6 +42,7 @@ class AuditorClient:
     """
 
     def __init__(self, target: str, keyring: Keyring, access: Access | None = None) -> None:
+        self.target = target
         self._connection = Connection(target, access)
         self._keyring = keyring
         stub: Any = audit_pb2_grpc.VerifierStub
@@ -118,15 +119,15 @@ class AuditorClient:
         lost: Callable[[Error, int, float], None] = _say_nothing,
         pause: Callable[[float], object] = time.sleep,
     ) -> Iterator[VerifiedVerdict]:
-        """Like :meth:`watch`, but once the server has answered, a lost connection is made again, for ever, and no verdict is
-        lost or repeated. Before each attempt ``lost`` is called with what happened, the last sequence number and the seconds
-        until then.
+        """Like :meth:`watch`, but once the server has answered, a lost connection is made again as soon as the server is
+        back, however long that takes, and no verdict is lost or repeated. Before that ``lost`` is called with what happened,
+        the last sequence number and the seconds until the first attempt.
         """
         first, most = RETRY_SECONDS
         answered, seconds = False, first
         while True:
             try:
-                for verdict in self._watch(after, None):
+                for verdict in self._watch(after, None, wait=answered):
                     answered, seconds = True, first
                     if verdict is not None:
                         after = verdict.predicate.sequence
@@ -150,10 +151,15 @@ class AuditorClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _watch(self, after: int, timeout: float | None) -> Iterator[VerifiedVerdict | None]:
-        """Verdicts as they come; None each time the server says no more than that it is there."""
+    def _watch(self, after: int, timeout: float | None, *, wait: bool = False) -> Iterator[VerifiedVerdict | None]:
+        """Verdicts as they come; None each time the server says no more than that it is there. ``wait`` for one that is
+        away: gRPC dials again and again, at most every 30 seconds.
+        """
         call = self._stub.WatchVerdicts(
-            pb.WatchVerdictsRequest(after=after), timeout=timeout, metadata=self._connection.metadata
+            pb.WatchVerdictsRequest(after=after),
+            timeout=timeout,
+            metadata=self._connection.metadata,
+            wait_for_ready=wait,
         )
         try:
             for message in call:

@@ -185,7 +185,7 @@ class VerifierServicer(audit_pb2_grpc.VerifierServicer):
             result = yield from self._checks.run(context, work, lambda now: pb.CheckEvent(progress=now))
             verdict = self._store.append_verdict(lambda sequence: self._seal(result, stored, sequence))
             entry.note(outcome=verdict.outcome, verdict=verdict.verdict_id, sequence=verdict.sequence)
-            yield pb.CheckEvent(verdict=_message(verdict))
+        yield pb.CheckEvent(verdict=_message(verdict))  # given, whether or not anyone still waits for it
 
     def GetVerdict(self, request: pb.GetVerdictRequest, context: grpc.ServicerContext) -> pb.Verdict:  # noqa: N802
         """One verdict."""

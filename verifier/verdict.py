@@ -84,24 +84,29 @@ def new_verdict_id() -> str:
 def require_signable(evidence: Evidence, plan: CheckPlan) -> None:
     """Raise :class:`LimitError` for a check whose verdict would be too large to sign: before the replays, not after them.
 
-    An estimate on the low side: it passes what may fit, and :func:`sign_verdict` has the last word.
+    Only distances are counted, so it passes what may fit, and :func:`sign_verdict` has the last word.
     """
+    size = distances_bytes(evidence, plan)
+    if size > MAX_PAYLOAD_BYTES:
+        raise LimitError(
+            f"{len(evidence.rows)} rows, {len(evidence.references)} references and this lineup make a verdict of about "
+            f"{size} bytes, at most {MAX_PAYLOAD_BYTES} are signed",
+            _WAY_OUT,
+        )
+
+
+def distances_bytes(evidence: Evidence, plan: CheckPlan) -> int:
+    """About how many bytes the distances of such a check take in its verdict, on the low side."""
     rows = [row for row in evidence.rows if plan.row in ("", row.config_id)]
     if plan.claim and not plan.row:
         claim = parse_claim(plan.claim)
         rows = [row for row in rows if claim.holds_for(row.config)] or rows
     if not rows or not rows[0].traces:
-        return
+        return 0
     members = max(len(rows), len(set(plan.lineup)) if plan.lineup else _DEFAULT_MEMBERS)
     pairs = len(rows) * (members - len(rows)) + len(rows) * (len(rows) - 1) // 2
     distances = len(rows) * members * len(evidence.references)
-    size = _matrices(rows[0].traces[0]) * (distances * _NUMBER_BYTES + pairs * _PAIR_BYTES)
-    if size > MAX_PAYLOAD_BYTES:
-        raise LimitError(
-            f"{len(rows)} rows by {members} configs by {len(evidence.references)} references make a verdict of about "
-            f"{size >> 20} MiB, at most {MAX_PAYLOAD_BYTES >> 20} are signed",
-            _WAY_OUT,
-        )
+    return _matrices(rows[0].traces[0]) * (distances * _NUMBER_BYTES + pairs * _PAIR_BYTES)
 
 
 def _matrices(trace: TraceEntry) -> int:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.engines.base import Host
+from fpforensics.common.errors import UnavailableError
+from fpforensics.common.keys import Keyring, load_private
+from fpforensics.common.signals import CapturePlan, Sampling
+from fpforensics.prover.client import ProverClient
+from fpforensics.prover.session import SessionPlan, run_session
+from fpforensics.verifier.intake import open_bundle
 
 BIN = Path(sys.executable).parent
 SESSION = ("--model", "tiny", "--references", "2", "--prompt-tokens", "64", "--new-tokens", "4", "--repetitions", "2")
@@ -70,6 +83,7 @@ def test_prover_to_auditor(tmp_path: Path, keys: Path, tiny_llama: Path) -> None
         assert "CONSISTENT" in line
         assert "fresh" in line
         shown = run("verifier", "verdicts", "show", line.split()[1], *auditor).stdout
+        assert run("verifier", "verdicts", "show", line.split()[1][:6], *auditor).stdout == shown
         assert "answered a fresh challenge" in shown
         watched = run("verifier", "verdicts", "watch", "--count", "1", *auditor).stdout
         assert watched.strip() == line.strip()
@@ -84,6 +98,85 @@ def test_prover_to_auditor(tmp_path: Path, keys: Path, tiny_llama: Path) -> None
         done = run("prover", "submit", bundle, *server, "--claim", "dtype=fp16", *lineup, code=1)
         assert "INCONSISTENT" in done.stdout
         assert len(run("verifier", "verdicts", "list", *auditor).stdout.splitlines()) == 2
+
+
+def test_a_prover_that_is_interrupted_says_so_and_leaves_no_worker(
+    tmp_path: Path, keys: Path, tiny_llama: Path
+) -> None:
+    plan = SessionPlan(
+        configs=(ExecutionConfig(model="tiny"),),
+        references=256,
+        prompt_tokens=32,
+        sampling=Sampling(max_new_tokens=64),
+        capture=CapturePlan(layers=("1",), prefill_positions=1),
+        repetitions=20,
+    )
+    command = [BIN / "prover", "serve", "--key", keys / "prover.key", "--listen", "127.0.0.1:0", "--device", "cpu"]
+    command += ["--model-path", f"tiny={tiny_llama}"]
+    generating = threading.Event()
+
+    def saw(stage: str, _done: int, _total: int) -> None:
+        if "repetition" in stage:
+            generating.set()
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            address = process.stdout.readline().split()[2]
+            with ProverClient(address) as client, ThreadPoolExecutor(1) as pool:
+                session = pool.submit(client.run_session, plan, tmp_path / "never", report=saw)
+                assert generating.wait(60)
+                workers = _children(process.pid)
+                process.send_signal(signal.SIGINT)
+                # Told why, and so before the grace period was over: then gRPC would have ended the call.
+                with pytest.raises(UnavailableError, match="the prover is stopping"):
+                    session.result(timeout=30)
+            assert process.wait(30) == 0
+            said = process.stderr.read().splitlines()
+        finally:
+            process.kill()
+    assert workers
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert said[0] == "stopping"
+    (line,) = said[1:]
+    assert re.match(r"\S+Z session peer=127\.0\.0\.1:\d+ configs=attn=sdpa,dtype=bf16 outcome=aborted ", line)
+
+
+def _children(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("processes are counted in /proc")
+    stats = {path.name: path / "stat" for path in Path("/proc").iterdir() if path.name.isdigit()}
+    parents: dict[int, int] = {}
+    for name, stat in stats.items():
+        try:
+            parents[int(name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # ended meanwhile
+    return [child for child, parent in parents.items() if parent == pid]
+
+
+def test_nothing_that_the_demos_liar_signs_says_what_it_ran(tmp_path: Path, keys: Path, tiny_llama: Path) -> None:
+    lying = runpy.run_path(str(Path(__file__).parents[2] / "examples/lying_prover.py"))["run_lying"]
+    plan = SessionPlan(
+        configs=(ExecutionConfig(model="tiny"),),
+        references=1,
+        prompt_tokens=32,
+        sampling=Sampling(max_new_tokens=4),
+        repetitions=1,
+    )
+    host = Host(device="cpu", models={"tiny": str(tiny_llama)})
+    rows = []
+    for name, run_it in (("honest", run_session), ("lie", lying)):
+        run_it(plan, host, load_private(keys / "prover.key"), tmp_path / name)
+        with open_bundle(tmp_path / name, Keyring.from_paths([keys / "prover.key.pub"])) as bundle:
+            rows.append(bundle.evidence.rows[0])
+    honest, lie = rows
+    assert (lie.config_id, lie.config, lie.facts) == (honest.config_id, honest.config, honest.facts)
+    assert lie.config.quantization == "none"
+    assert lie.facts.quantization_kernel == ""
+    assert lie.traces[0].prefill["hidden_states/1"] != honest.traces[0].prefill["hidden_states/1"]
 
 
 def test_an_auditor_needs_no_torch(keys: Path, tmp_path: Path) -> None:

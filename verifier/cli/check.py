@@ -114,6 +114,7 @@ def check(
     from fpforensics.common.keys import Keyring
     from fpforensics.verifier.check import check_bundle
     from fpforensics.verifier.intake import open_bundle
+    from fpforensics.verifier.verdict import require_signable
 
     plan = make_plan(claim, lineup, mode, row, using)
     require_outputs(html, png, verdict_path)
@@ -123,6 +124,8 @@ def check(
         raise UsageError(f"nonce {shorten(nonce)!r}", f"a challenge has at least {MIN_NONCE_DIGITS} hex digits")
     host = make_host(device, python, env, model_paths)
     with open_bundle(bundle, Keyring.from_paths(keys), expected_nonce=nonce) as verified, progress_bar(quiet) as report:
+        if signing_key is not None:
+            require_signable(verified.evidence, plan)
         # All of it before any replay: damaged evidence is not worth minutes of computing.
         verified.verify_all(lambda done, total: report("checking digests", done, total))
         result = check_bundle(verified, plan, host, report)

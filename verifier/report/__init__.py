@@ -6,7 +6,7 @@ through :func:`clean`, so that no escape sequence or direction mark reaches a te
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -132,8 +132,7 @@ def log_scale(values: Floats) -> Floats:
 def caveats(result: CheckResult) -> tuple[str, ...]:
     """What the verdict does not say, for this check."""
     said = [
-        f"The thresholds ({MAX_FLOORS:g} noise floors, a factor of {MIN_RATIO:g}) are fixed: "
-        "no error rate is known for this verdict.",
+        *_error_rates(result.rows),
         "The evidence was compared with this lineup and with nothing else.",
         "Distances speak of arithmetic. That it ran on the stated hardware is the signer's word.",
     ]
@@ -148,3 +147,15 @@ def caveats(result: CheckResult) -> tuple[str, ...]:
         names = ", ".join(each.name for each in unexpected)
         said.append(f"Not only the hardware differs between prover and verifier, but also: {names}.")
     return tuple(said)
+
+
+def _error_rates(rows: Sequence[RowVerdict]) -> Iterator[str]:
+    fixed = [row.config_id for row in rows if not row.calibration]
+    if fixed:
+        whose = "this verdict" if len(fixed) == len(rows) else f"the verdict on {', '.join(fixed)}"
+        yield (
+            f"The thresholds ({MAX_FLOORS:g} noise floors, a factor of {MIN_RATIO:g}) are fixed: "
+            f"no error rate is known for {whose}."
+        )
+    for name in dict.fromkeys(row.calibration for row in rows if row.calibration):
+        yield f"The error rate is that of the calibration {name}: for other models and hardware it is an extrapolation."

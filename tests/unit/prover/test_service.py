@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import msgspec
 import pytest
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rpc_world import NONCE, PROVER_KEY, write_bundle
+from rpc_world import NONCE, PROVER_KEY, STRANGER_KEY, write_bundle
 
 from fpforensics.common.access import Listen
 from fpforensics.common.config import ExecutionConfig
@@ -23,9 +27,11 @@ from fpforensics.common.engines.base import Host
 from fpforensics.common.environment import describe_environment
 from fpforensics.common.errors import (
     CancelledError,
+    DeadlineError,
     EvidenceError,
     LimitError,
     NondeterminismError,
+    SignatureError,
     UnavailableError,
     UsageError,
 )
@@ -39,6 +45,7 @@ from fpforensics.prover.client import ProverClient
 from fpforensics.prover.service import SERVICE, ProverConfig, serve_prover
 from fpforensics.prover.session import SessionPlan, SessionProgress
 from fpforensics.prover.wire import SessionLimits, plan_of, request_of
+from fpforensics.verifier.cli.session import session
 from fpforensics.verifier.intake import open_bundle
 
 PLAN = SessionPlan(configs=(ExecutionConfig(attention="eager"),), nonce=NONCE)
@@ -93,8 +100,13 @@ def scratch(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(runner: Runner, scratch: Path) -> Iterator[RunningServer]:
-    with serve_prover(ProverConfig(key=PROVER_KEY, run=runner, scratch=scratch)) as running:
+def config(runner: Runner, scratch: Path) -> ProverConfig:
+    return ProverConfig(key=PROVER_KEY, run=runner, scratch=scratch)
+
+
+@pytest.fixture
+def server(config: ProverConfig) -> Iterator[RunningServer]:
+    with serve_prover(config) as running:
         yield running
 
 
@@ -182,11 +194,113 @@ def test_a_stopping_server_cancels_its_session(server: RunningServer, runner: Ru
     with ProverClient(f"127.0.0.1:{server.port}") as client, ThreadPoolExecutor(1) as pool:
         session = pool.submit(client.run_session, PLAN, tmp_path / "never")
         assert runner.holding.wait(10)
-        server.stop(grace=0)
+        server.stop(grace=60)  # which nobody waits for: the work is ended at once
         assert runner.cancelled.is_set()
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError, match="the prover is stopping"):
             session.result(timeout=10)
     assert not (tmp_path / "never").exists()
+
+
+def test_the_server_has_a_deadline_of_its_own(config: ProverConfig, runner: Runner, tmp_path: Path) -> None:
+    runner.hold = True
+    with serve_prover(replace(config, max_seconds=0.2)) as server, ProverClient(f"127.0.0.1:{server.port}") as client:
+        for _ in range(2):  # the second finds the prover free
+            with pytest.raises(DeadlineError, match=r"session stopped: it took more than the 0\.2 seconds"):
+                client.run_session(PLAN, tmp_path / "late")
+    assert runner.cancelled.is_set()
+    assert len(runner.plans) == 2
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_session_that_is_quiet_for_long_repeats_its_progress(
+    config: ProverConfig, runner: Runner, tmp_path: Path
+) -> None:
+    runner.hold = True
+    seen: list[tuple[str, int, int]] = []
+
+    def saw(stage: str, done: int, total: int) -> None:
+        seen.append((stage, done, total))
+        runner.hold = len(seen) < 4
+
+    with (
+        serve_prover(replace(config, heartbeat_seconds=0.01)) as server,
+        ProverClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        client.run_session(PLAN, tmp_path / "fetched", report=saw)
+    assert set(seen[:4]) <= {("repetition 1 of 1", 1, 1), ("session under way", 0, 0)}
+    assert seen[3] == ("repetition 1 of 1", 1, 1)
+
+
+def test_each_session_is_logged_in_one_line(
+    config: ProverConfig, runner: Runner, scratch: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="fpforensics")
+    texts = (("report", "a secret prompt"),)
+    plan = msgspec.structs.replace(PLAN, texts=texts, instruction="a secret instruction")
+    with serve_prover(config) as server, ProverClient(f"127.0.0.1:{server.port}") as client:
+        digest = client.run_session(plan, tmp_path / "done")
+        with pytest.raises(UsageError):
+            client.run_session(msgspec.structs.replace(PLAN, repetitions=1000), tmp_path / "refused")
+        runner.hold, runner.holding = True, threading.Event()
+
+        def leave(*_: object) -> None:
+            raise Leave
+
+        with pytest.raises(Leave):
+            client.run_session(PLAN, tmp_path / "left", report=leave)
+        assert runner.cancelled.wait(10)
+        runner.hold = False
+        _until_free(client, tmp_path / "after")
+        runner.hold, runner.holding = True, threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            last = pool.submit(client.run_session, PLAN, tmp_path / "aborted")
+            assert runner.holding.wait(10)
+            server.stop()
+            assert isinstance(last.exception(timeout=10), UnavailableError)
+    lines = [line for line in caplog.messages if line.startswith("session ") and "already under way" not in line]
+    done, refused, left, after, aborted = lines
+    assert re.fullmatch(
+        r"session peer=127\.0\.0\.1:\d+ configs=attn=eager outcome=done model=smollm2-135m references=4 new_tokens=32 "
+        rf"bundle={digest} seconds=\d+\.\d",
+        done,
+    )
+    assert 'outcome=refused error="UsageError: repetitions 1000"' in refused
+    assert "outcome=cancelled" in left
+    assert "outcome=done" in after
+    assert "outcome=aborted" in aborted
+    assert "the prover is stopping" in aborted
+    assert not any("secret" in line or NONCE in line for line in lines)
+
+
+def test_a_verifiers_session_asks_who_it_is_before_the_work(
+    server: RunningServer, runner: Runner, tmp_path: Path
+) -> None:
+    trusted, stranger = tmp_path / "prover.pub", tmp_path / "stranger.pub"
+    trusted.write_bytes(PROVER_KEY.public.pem())
+    stranger.write_bytes(STRANGER_KEY.public.pem())
+
+    def ask(key: Path) -> BaseException | None:
+        output = str(tmp_path / "bundle")
+        arguments = [
+            "--prover",
+            f"127.0.0.1:{server.port}",
+            "--key",
+            str(key),
+            "--output",
+            output,
+            "--claim",
+            "quant=none",
+        ]
+        return CliRunner().invoke(session, arguments).exception
+
+    error = ask(stranger)
+    assert isinstance(error, SignatureError)
+    assert "which is not trusted here" in error.message
+    assert STRANGER_KEY.keyid[:16] in error.message
+    assert runner.plans == []
+    # The control: this key is trusted, so the work is done, and its stand-in is no answer to what was asked.
+    assert isinstance(ask(trusted), EvidenceError)
+    assert len(runner.plans) == 1
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from fpforensics.verifier.matrix import Measurement, build_matrices, kernel_clas
 from fpforensics.verifier.report import (
     NO_SCALE,
     SAME_KERNELS,
+    caveats,
     clean,
     heatmap,
     html,
@@ -363,6 +364,16 @@ def test_verdicts_reasons_and_what_it_cannot_tell_are_in_text_and_page() -> None
         assert "Could not be run here, so were not compared: attn=flash_attention_2." in shown
         assert "no error rate is known for this verdict" in shown
     assert printed.splitlines()[-1] == "✗ INCONSISTENT"
+
+
+def test_an_error_rate_is_named_where_a_calibration_gave_one() -> None:
+    result = sample()
+    (row,) = result.rows
+    calibrated = msgspec.structs.replace(row, config_id="other", calibration="h100-cpu-1", alpha=0.01)
+    only = " ".join(caveats(msgspec.structs.replace(result, rows=(calibrated,))))
+    assert "The error rate is that of the calibration h100-cpu-1" in only and "fixed" not in only
+    both = " ".join(caveats(msgspec.structs.replace(result, rows=(row, calibrated))))
+    assert f"no error rate is known for the verdict on {row.config_id}." in both and "h100-cpu-1" in both
 
 
 def test_kernel_classes_and_bit_identity_are_named() -> None:

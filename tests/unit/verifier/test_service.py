@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import grpc
 import msgspec
 import pytest
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rpc_world import (
     PROVER_KEY,
@@ -33,6 +37,7 @@ from fpforensics.common.access import Listen
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines.base import Host
 from fpforensics.common.errors import (
+    DeadlineError,
     Error,
     EvidenceError,
     LimitError,
@@ -50,8 +55,10 @@ from fpforensics.common.serving import RunningServer, start_server
 from fpforensics.proto import audit_pb2 as pb
 from fpforensics.proto import audit_pb2_grpc
 from fpforensics.proto.evidence_pb2 import Chunk
+from fpforensics.verifier import verdict as verdicts
 from fpforensics.verifier.auditor import AuditorClient
 from fpforensics.verifier.check import CheckPlan, CheckResult
+from fpforensics.verifier.cli.verdicts import verdicts as commands
 from fpforensics.verifier.client import VerifierClient
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.service import MAX_UPLOADS, MAX_WATCHERS, SERVICE, VerifierConfig, serve_verifier
@@ -489,6 +496,94 @@ def test_a_caller_who_leaves_gets_no_verdict(
     assert [verdict.predicate.sequence for verdict in auditor.list()] == [1]
 
 
+def test_a_check_has_a_deadline_of_the_servers(config: VerifierConfig, checker: Checker, bundle: Path) -> None:
+    checker.hold = True
+    with (
+        serve_verifier(replace(config, max_seconds=0.2)) as server,
+        VerifierClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        digest = client.submit_bundle(bundle).bundle_digest
+        for _ in range(2):  # the second finds the verifier free
+            with pytest.raises(DeadlineError, match=r"check stopped: it took more than the 0\.2 seconds"):
+                client.check(digest, CheckPlan())
+        assert checker.cancelled.is_set()
+        assert len(checker.plans) == 2
+        with AuditorClient(f"127.0.0.1:{server.port}", VERIFIERS) as auditor:
+            assert list(auditor.list()) == []
+
+
+def test_a_stopping_verifier_ends_the_check_under_way_and_those_in_line(
+    server: RunningServer, client: VerifierClient, checker: Checker, bundle: Path
+) -> None:
+    digest = client.submit_bundle(bundle).bundle_digest
+    checker.hold = True
+    waiting = threading.Event()
+
+    def saw(stage: str, _done: int, _total: int) -> None:
+        if stage.startswith("waiting"):
+            waiting.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.check, digest, CheckPlan())
+        assert checker.holding.wait(10)
+        second = pool.submit(client.check, digest, CheckPlan(), saw)
+        assert waiting.wait(10)
+        server.stop(grace=60)  # which nobody waits for
+        for each in (first, second):
+            with pytest.raises(UnavailableError, match="the verifier is stopping"):
+                each.result(timeout=10)
+    assert len(checker.plans) == 1
+
+
+def test_a_verdict_too_large_to_sign_is_refused_before_the_replays(
+    client: VerifierClient, checker: Checker, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = client.submit_bundle(bundle).bundle_digest
+    with monkeypatch.context() as patch:
+        patch.setattr(verdicts, "MAX_PAYLOAD_BYTES", 2000)
+        with pytest.raises(LimitError, match="make a verdict of about") as caught:
+            client.check(digest, CheckPlan())
+    assert "--row" in caught.value.hint
+    assert checker.plans == []
+    client.check(digest, CheckPlan())
+
+
+def test_each_submission_and_each_check_is_logged_in_one_line(
+    config: VerifierConfig, checker: Checker, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="fpforensics")
+    write_bundle(tmp_path / "strange", key=STRANGER_KEY)
+    checker.hold = True
+    with serve_verifier(config) as server, VerifierClient(f"127.0.0.1:{server.port}") as client:
+        digest = client.submit_bundle(bundle).bundle_digest
+        with pytest.raises(SignatureError):
+            client.submit_bundle(tmp_path / "strange")
+
+        def leave(*_: object) -> None:
+            raise Leave
+
+        with pytest.raises(Leave):
+            client.check(digest, CheckPlan(claim="attn=sdpa"), leave)
+        assert checker.cancelled.wait(10)
+        checker.hold = False
+        verdict = open_verdict(client.check(digest, CheckPlan(claim="quant=none")), VERIFIERS)
+        with pytest.raises(NotFoundError):
+            client.check("sha256:" + "0" * 64, CheckPlan())
+    peer = r"peer=127\.0\.0\.1:\d+"
+    expected = {
+        "taken": rf"submission {peer} outcome=done bytes={bundle.stat().st_size} bundle={digest} "
+        rf"signer={PROVER_KEY.keyid} challenged=no seconds=\d+\.\d",
+        "not taken": rf'submission {peer} outcome=refused bytes=\d+ error="SignatureError: .+" seconds=\d+\.\d',
+        "left": rf"check {peer} bundle={digest} claim=attn=sdpa outcome=cancelled seconds=\d+\.\d",
+        "checked": rf"check {peer} bundle={digest} claim=quant=none outcome=CONSISTENT "
+        rf"verdict={verdict.predicate.verdict_id} sequence=1 seconds=\d+\.\d",
+        "unknown": rf'check {peer} bundle=sha256:0+ claim="" outcome=refused error="NotFoundError: .+" seconds=\d+\.\d',
+    }
+    assert len(caplog.messages) == len(expected)
+    for name, pattern in expected.items():
+        assert sum(bool(re.fullmatch(pattern, line)) for line in caplog.messages) == 1, (name, caplog.messages)
+
+
 def test_checks_wait_in_line(client: VerifierClient, auditor: AuditorClient, checker: Checker, bundle: Path) -> None:
     digest = client.submit_bundle(bundle).bundle_digest
     checker.hold = True
@@ -584,11 +679,98 @@ def test_watchers_are_bounded_and_a_leaving_one_makes_room(
             watcher.close()
 
 
+def test_a_quiet_watch_is_told_that_the_server_is_there(config: VerifierConfig) -> None:
+    with serve_verifier(replace(config, heartbeat_seconds=0.01)) as server, raw(server.port) as stub:
+        watching = stub.WatchVerdicts(pb.WatchVerdictsRequest(), timeout=60)
+        assert [next(watching) for _ in range(3)] == [pb.Verdict()] * 3
+        watching.cancel()
+
+
+def test_a_follower_survives_a_restart_and_neither_loses_nor_repeats_a_verdict(
+    config: VerifierConfig, bundle: Path
+) -> None:
+    said: list[tuple[int, float]] = []
+    with ExitStack() as servers:
+        server = servers.enter_context(serve_verifier(config))
+        address = f"127.0.0.1:{server.port}"
+
+        def one_more() -> None:
+            with VerifierClient(address) as client:
+                client.check(client.submit_bundle(bundle).bundle_digest, CheckPlan())
+
+        def restart(_seconds: float) -> None:
+            servers.enter_context(serve_verifier(replace(config, listen=Listen(address=address))))
+            one_more()
+
+        one_more()
+        one_more()
+        with AuditorClient(address, VERIFIERS) as auditor:
+            following = auditor.follow(lost=lambda _error, after, wait: said.append((after, wait)), pause=restart)
+            seen = [next(following).predicate.sequence for _ in range(2)]
+            server.stop(grace=0)
+            seen.append(next(following).predicate.sequence)
+            one_more()
+            seen.append(next(following).predicate.sequence)
+            following.close()
+    assert seen == [1, 2, 3, 4]
+    assert said == [(2, 1.0)]
+
+
+class Enough(Exception):  # noqa: N818
+    """So many times."""
+
+
+def test_a_follower_waits_longer_each_time_up_to_a_bound(tampering: tuple[Tampering, AuditorClient]) -> None:
+    servicer, auditor = tampering
+    servicer.shown, servicer.stopping_after = (shown(1),), 1
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 8:
+            raise Enough
+
+    following = auditor.follow(pause=pause)
+    assert next(following).predicate.sequence == 1
+    with pytest.raises(Enough):
+        next(following)
+    servicer.stopping_after = 0
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_the_command_that_watches_says_what_it_lost(
+    tampering: tuple[Tampering, AuditorClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servicer, auditor = tampering
+    servicer.shown, servicer.stopping_after = (shown(1), shown(2, name="two")), 1
+
+    def back(_seconds: float) -> None:
+        servicer.stopping_after = 2
+
+    monkeypatch.setattr(AuditorClient, "follow", partialmethod(AuditorClient.follow, pause=back))
+    (tmp_path / "key.pub").write_bytes(VERIFIER_KEY.public.pem())
+    arguments = ["watch", "--count", "2", "--server", auditor.target, "--key", str(tmp_path / "key.pub")]
+    done = CliRunner().invoke(commands, arguments, catch_exceptions=False)
+    servicer.stopping_after = 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["1", "2"]
+    assert done.stderr == "the verifier is stopping; watching again after number 1 in 1 s\n"
+
+
+def test_nobody_follows_a_server_that_was_never_there(config: VerifierConfig) -> None:
+    server = serve_verifier(config)
+    server.stop(grace=0)
+    pauses: list[float] = []
+    with AuditorClient(f"127.0.0.1:{server.port}", VERIFIERS) as auditor, pytest.raises(UnavailableError):
+        next(auditor.follow(pause=pauses.append))
+    assert pauses == []
+
+
 class Tampering(audit_pb2_grpc.VerifierServicer):
     """A verifier that shows what it is told to."""
 
     shown: tuple[pb.Verdict, ...] = ()
     more = False
+    stopping_after = 0
 
     def GetVerdict(self, request: Any, context: Any) -> pb.Verdict:  # noqa: N802
         return self.shown[0]
@@ -597,7 +779,11 @@ class Tampering(audit_pb2_grpc.VerifierServicer):
         return pb.ListVerdictsReply(verdicts=self.shown, more=self.more)
 
     def WatchVerdicts(self, request: Any, context: Any) -> Iterator[pb.Verdict]:  # noqa: N802
-        yield from self.shown
+        if not self.stopping_after:
+            yield from self.shown
+        else:
+            yield from self.shown[request.after : self.stopping_after]
+            raise UnavailableError("the verifier is stopping")
 
 
 @pytest.fixture(scope="module")
@@ -653,6 +839,35 @@ def test_a_tampering_verifier_is_caught(tampering: tuple[Tampering, AuditorClien
     for look in (lambda: auditor.get("one"), lambda: list(auditor.list()), lambda: list(auditor.watch())):
         with pytest.raises(SignatureError):
             look()
+
+
+def test_a_follower_believes_no_more_than_a_watcher(tampering: tuple[Tampering, AuditorClient]) -> None:
+    servicer, auditor = tampering
+    servicer.shown = (pb.Verdict(), shown(1, name="one"), pb.Verdict(), shown(2, name="two"), shown(4, name="four"))
+    following = auditor.follow()
+    assert [next(following).predicate.verdict_id for _ in range(2)] == ["one", "two"]
+    with pytest.raises(SignatureError, match="shows verdict number 4 after number 2"):
+        next(following)
+
+
+def test_the_beginning_of_an_id_is_enough_if_only_one_verdict_has_it(
+    tampering: tuple[Tampering, AuditorClient],
+) -> None:
+    servicer, auditor = tampering
+    names = ("4f6c2a" + "0" * 26, "4f6c2b" + "0" * 26, "ab" * 16)
+    servicer.shown = tuple(shown(number, name=name) for number, name in enumerate(names, start=1))
+    servicer.more = False
+    for name in ("4f6c2a", "4F6C2A", "4f6c2a…", names[0][:31]):
+        assert auditor.find(name).predicate.verdict_id == names[0]
+    assert auditor.find(names[0]).predicate.verdict_id == names[0]  # whole ids are asked for directly
+    with pytest.raises(UsageError, match="too short"):
+        auditor.find("4f6c2")
+    with pytest.raises(NotFoundError, match="no verdict whose id begins with '00000000'"):
+        auditor.find("00000000")
+    servicer.shown = tuple(shown(number, name=f"4f6c2a{number}" + "0" * 25) for number in (1, 2, 3, 4))
+    with pytest.raises(UsageError, match="4 verdicts have ids that begin with '4f6c2a'") as caught:
+        auditor.find("4f6c2a")
+    assert "4f6c2a1" in caught.value.hint
 
 
 def test_a_verifier_that_answers_with_another_verdict_is_caught(

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rpc_world import PROVER_KEY, STRANGER_KEY, VERIFIER_KEY, result_about
+from rpc_world import PROVER_KEY, STRANGER_KEY, VERIFIER_KEY, result_about, write_bundle
 
 from fpforensics.common import envelope as dsse
 from fpforensics.common.errors import Error, EvidenceError, LimitError, SignatureError
 from fpforensics.common.evidence import EVIDENCE_TYPE, PAYLOAD_TYPE, VERDICT_TYPE
 from fpforensics.common.keys import Keyring
-from fpforensics.verifier.verdict import MAX_ENVELOPE_BYTES, open_verdict, sign_verdict, verify_verdict
+from fpforensics.common.signals import PHASES
+from fpforensics.verifier.check import CheckPlan
+from fpforensics.verifier.distance import Cell
+from fpforensics.verifier.intake import open_bundle
+from fpforensics.verifier.matrix import Measurement, build_matrices
+from fpforensics.verifier.verdict import (
+    MAX_ENVELOPE_BYTES,
+    MAX_PAYLOAD_BYTES,
+    distances_bytes,
+    open_verdict,
+    require_signable,
+    sign_verdict,
+    verify_verdict,
+)
 
 DIGEST = f"sha256:{'5' * 64}"
 KEYRING = Keyring([VERIFIER_KEY.public])
@@ -72,6 +88,40 @@ def test_a_verdict_too_large_to_be_read_is_not_signed() -> None:
         sign_verdict(msgspec.structs.replace(result_about(DIGEST), rows=(row,)), VERIFIER_KEY)
     with pytest.raises(EvidenceError, match=f"verdict of {MAX_ENVELOPE_BYTES + 1} bytes"):
         open_verdict(b"{" * (MAX_ENVELOPE_BYTES + 1), KEYRING)
+
+
+@pytest.mark.parametrize(("rows", "members", "references"), [(1, 8, 200), (3, 12, 20), (24, 24, 2), (8, 40, 4)])
+def test_a_verdicts_size_is_known_before_the_replays(tmp_path: Path, rows: int, members: int, references: int) -> None:
+    write_bundle(tmp_path / "bundle")
+    with open_bundle(tmp_path / "bundle", Keyring([PROVER_KEY.public])) as bundle:
+        small = bundle.evidence
+    (row,), (reference,) = small.rows, small.references
+    names = [f"attn=sdpa,dtype=bf16,batch={number}" for number in range(1, members + 1)]
+    evidence = msgspec.structs.replace(
+        small,
+        rows=tuple(msgspec.structs.replace(row, config_id=name) for name in names[:rows]),
+        references=(reference,) * references,
+    )
+    rng = np.random.default_rng(0)
+    cells = [Cell(phase, "logprobs") for phase in PHASES]
+    cells += [Cell(phase, signal, "1") for phase in PHASES for signal in ("key_vectors", "hidden_states")]
+    matrices = build_matrices(
+        Measurement(
+            row=a, column=b, reference_id=f"ref_{number}", distances={cell: float(rng.random()) for cell in cells}
+        )
+        for a, b, number in itertools.product(names[:rows], names, range(references))
+    )
+    result = msgspec.structs.replace(result_about(DIGEST), matrices=tuple(each.to_report() for each in matrices))
+    plan = CheckPlan(lineup=tuple(names))
+    estimate, actual = distances_bytes(evidence, plan), len(sign_verdict(result, VERIFIER_KEY).payload)
+    assert 0.7 * actual < estimate < actual
+    require_signable(evidence, plan)
+    times = MAX_PAYLOAD_BYTES // estimate + 1
+    with pytest.raises(LimitError, match="make a verdict of about"):
+        require_signable(msgspec.structs.replace(evidence, references=(reference,) * references * times * 10), plan)
+    # One row of many fits again, which is the way out that the hint names.
+    assert distances_bytes(evidence, CheckPlan(lineup=plan.lineup, row=names[0])) <= estimate
+    assert distances_bytes(evidence, CheckPlan(row="no such row")) == 0
 
 
 def _resigned(**changes: Any) -> dsse.Envelope:

@@ -80,6 +80,7 @@ def test_an_experiment_is_at_no_distance_from_itself(folder: Path, layout: Layou
         assert cell.diagonal_mean == twice[key].diagonal_mean == 0.0
         assert entries(twice[key]) == pytest.approx(entries(cell), rel=1e-12)
         assert cell.kernel_classes == (), "what is at a distance is not the same kernel"
+        assert twice[key].kernel_classes == (), "a class is of one experiment's configs: of several values"
         if len(layout.configs) > 1 and entries(cell).keys() - {(name, name) for name in cell.configs}:
             assert (cell.snr, cell.snr_infinite) == (None, True)
 

@@ -540,6 +540,18 @@ def test_the_questions_are_the_same_of_one_file_or_of_two(tmp_path: Path) -> Non
             assert len(getattr(one, question)) == {"cross_hardware_baseline": 3}.get(question, 4)
 
 
+def test_a_directed_distance_counts_both_ways_within_a_file_and_once_between_two(tmp_path: Path) -> None:
+    """Between two experiments only the claimed one's ids are anyone's claim."""
+    claimed = make_document(Layout((("a_1", "A100", 1), ("h_1", "H100", 1)), ("ref_0",)))
+    (pair,) = (cell := analyzed(tmp_path, claimed, top=1)["prefill"]["logprobs"]).cross_hardware_baseline
+    forth, back = entry(cell, "a_1", "h_1"), entry(cell, "h_1", "a_1")
+    assert forth and back and forth != back
+    assert pair.distance == pytest.approx(mean([forth, back]), rel=1e-12)
+    halves = [make_document(Layout((each,), ("ref_0",))) for each in (("a_1", "A100", 1), ("h_1", "H100", 1))]
+    (pair,) = analyzed(tmp_path, *halves, top=1)["prefill"]["logprobs"].cross_hardware_baseline
+    assert pair.distance == pytest.approx(forth, rel=1e-12)
+
+
 def test_without_a_second_machine_there_is_no_noise_floor(tmp_path: Path) -> None:
     cell = analyzed(tmp_path, make_document(Layout(THREE)))["decode"]["hidden_states"]
     assert (cell.cross_hardware_baseline, cell.across_hardware) == ((), ())
@@ -608,10 +620,13 @@ def test_result_is_json_without_nan_and_with_every_documented_key(tmp_path: Path
 
 def test_memory_is_one_references_worth(tmp_path: Path) -> None:
     """The runs of a reference are let go before the next one is read."""
+    document = make_document(Layout(references=("ref_0",), hidden=800, listed=0, keys=0, steps=0))
 
     def peak(references: int) -> int:
-        layout = Layout(references=tuple(f"ref_{i}" for i in range(references)), hidden=3000, listed=0, keys=0, steps=0)
-        with open_experiment(write_document(make_document(layout), tmp_path / "a.json")) as experiment:
+        many = document | {
+            "runs": [run | {"ref_id": f"ref_{i}"} for run in document["runs"] for i in range(references)]
+        }
+        with open_experiment(write_document(many, tmp_path / "a.json")) as experiment:
             analyze(experiment)
             tracemalloc.start()
             analyze(experiment)
@@ -619,5 +634,5 @@ def test_memory_is_one_references_worth(tmp_path: Path) -> None:
             tracemalloc.stop()
         return used
 
-    one_run = 2 * 3 * 3000 * 8
+    one_run = 2 * 3 * 800 * 8
     assert peak(10) < peak(2) + one_run
