@@ -152,22 +152,17 @@ def deliver(
     as_json: bool,
     html: Path | None,
     png: Path | None,
-    sign: PrivateKey | Path | None,
+    sign: PrivateKey | None,
     verdict_path: Path | None,
     challenged: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Sign and write what was asked for, print the result and leave with the verdict's exit code.
-
-    ``sign`` is best a key that :func:`load_signing_key` read before the replays; a path is read now.
-    """
+    """Sign and write what was asked for, print the result and leave with the verdict's exit code."""
     from fpforensics.common import envelope
-    from fpforensics.common.keys import load_private
     from fpforensics.verifier.verdict import sign_verdict
 
     if sign is not None and verdict_path is not None:
-        key = load_private(sign) if isinstance(sign, Path) else sign
-        verdict_path.write_bytes(envelope.to_json(sign_verdict(result, key, challenged)))
+        verdict_path.write_bytes(envelope.to_json(sign_verdict(result, sign, challenged)))
     _show(result, as_json, html, png, quiet)
 
 

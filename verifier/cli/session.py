@@ -7,17 +7,20 @@ from typing import Unpack
 
 import click
 
-from fpforensics.common.cli import host_options, make_host, progress_bar, quiet_option
+from fpforensics.common.cli import host_options, make_host, progress_bar, require_outputs
+from fpforensics.common.cli_specs import SpecCommand
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
 from fpforensics.prover.cli.plan import PlanOptions, make_session_plan, plan_options
 from fpforensics.verifier.cli.check import (
+    brief_option,
     claim_options,
     deliver,
     deliver_signed,
+    load_signing_key,
     make_plan,
     output_options,
     require_answer,
-    require_outputs,
+    require_renderers,
 )
 
 
@@ -25,7 +28,7 @@ class SessionOptions(PlanOptions, AccessOptions):
     """What click passes on unnamed."""
 
 
-@click.command()
+@click.command(cls=SpecCommand)
 @click.option("--prover", required=True, help="The prover, host:port.")
 @click.option("--key", "keys", multiple=True, required=True, type=click.Path(path_type=Path), help="The prover's public key, or a folder of *.pub. Repeatable.")  # fmt: skip
 @click.option("--server", default="", help="Have a verifier's server check the bundle. [default: check here]")
@@ -39,7 +42,7 @@ class SessionOptions(PlanOptions, AccessOptions):
 @plan_options
 @access_options
 @host_options
-@quiet_option
+@brief_option
 def session(
     prover: str,
     keys: tuple[Path, ...],
@@ -95,10 +98,11 @@ def session(
     )
     host = make_host(device, python, env, model_paths)
     require_outputs(output, html, png, verdict_path)
+    require_renderers(html, png)
     if server and plan.using:
         raise UsageError("--using with --server", "the server's operator chooses how replays run")
-    if not server and (sign is None) != (verdict_path is None):
-        raise UsageError("--sign and --verdict go together", "give the signing key and the file to write")
+    signing_key = None if server else load_signing_key(sign, verdict_path)
+    make_session_plan(options, "")  # what makes no sense is said before the prover is asked anything
     with progress_bar(quiet) as report, ProverClient(prover, access) as proving:
         require_known_signer(proving.describe(), keyring, prover)
         if not server:
@@ -107,7 +111,7 @@ def session(
             with open_bundle(output, keyring, expected_nonce=asked.nonce) as bundle:
                 bundle.verify_all()
                 require_as_asked(bundle, asked)
-                if sign is not None:
+                if signing_key is not None:
                     require_signable(bundle.evidence, plan)
                 result = check_bundle(bundle, plan, host, report)
         else:
@@ -122,6 +126,15 @@ def session(
                 verdict = open_verdict(verifying.check(digest, plan, report), server_keyring)
             require_answer(verdict, digest, plan)
     if server:
-        deliver_signed(verdict, as_json=as_json, html=html, png=png, verdict_path=verdict_path)
+        deliver_signed(verdict, as_json=as_json, html=html, png=png, verdict_path=verdict_path, quiet=quiet)
     else:
-        deliver(result, as_json=as_json, html=html, png=png, sign=sign, verdict_path=verdict_path, challenged=True)
+        deliver(
+            result,
+            as_json=as_json,
+            html=html,
+            png=png,
+            sign=signing_key,
+            verdict_path=verdict_path,
+            challenged=True,
+            quiet=quiet,
+        )

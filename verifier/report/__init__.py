@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fpforensics.common.signals import Phase, Signal
-from fpforensics.verifier.decision import MAX_FLOORS, MIN_RATIO, RowVerdict
+from fpforensics.verifier.decision import MAX_FLOORS, MIN_RATIO, MemberScore, RowVerdict
 from fpforensics.verifier.distance import Floats
 from fpforensics.verifier.environment_diff import mismatches
 from fpforensics.verifier.matrix import MatrixReport, PairSnr, Ratio, labels
@@ -127,6 +127,25 @@ def log_scale(values: Floats) -> Floats:
         scaled = (np.log(values) - low) / max(high - low, 1e-12)
     # A faint tint for the smallest positive value: only an exact zero is blank.
     return np.where(values == 0, 0.0, 0.08 + 0.92 * scaled)
+
+
+def calibrated(row: RowVerdict) -> str:
+    """The profile that a row was decided by, at which level, on how much."""
+    return (
+        f"Calibrated by {row.calibration}; level {row.alpha:g}; {row.references} prompts, "
+        f"worth {row.positions} positions of one; p of the claim {_small(row.p_value)}"
+    )
+
+
+def p_value(score: MemberScore) -> str:
+    """How often honest evidence of this config would look like this; ``limit`` where a fixed limit rejected it."""
+    if score.p_value is None:
+        return "—"
+    return "limit" if score.p_value == 0 else _small(score.p_value)
+
+
+def _small(value: float | None) -> str:
+    return "—" if value is None else f"{value:.2g}"
 
 
 def caveats(result: CheckResult) -> tuple[str, ...]:

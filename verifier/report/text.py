@@ -13,6 +13,7 @@ from fpforensics.verifier.matrix import MatrixReport, PairSnr
 from fpforensics.verifier.report import (
     NO_SCALE,
     SAME_KERNELS,
+    calibrated,
     caveats,
     clean,
     floors,
@@ -20,6 +21,7 @@ from fpforensics.verifier.report import (
     layers,
     misfits,
     noted,
+    p_value,
     pair_scale,
     row_snr,
     scale,
@@ -85,12 +87,16 @@ def _verdict(result: CheckResult) -> Iterator[str]:
 def _scores(row: RowVerdict) -> Iterator[str]:
     side = max([12, *(len(score.id) for score in row.scores)])
     yield ""
-    yield f"  {'Member':<{side}}{'Claim':>13}{'Noise floors':>14}{'Nearest in':>12}"
+    if row.calibration:
+        yield f"  {calibrated(row)}"
+    odds = f"{'p':>10}" if row.calibration else ""
+    yield f"  {'Member':<{side}}{'Claim':>13}{'Noise floors':>14}{'Nearest in':>12}{odds}"
     for score in row.scores:
         amount = "identical" if score.bit_identical else floors(score.floors)
         share = f"{score.nearest_in} of {row.references}"
         holds = "holds" if score.fits else "contradicted"
-        yield f"  {score.id:<{side}}{holds:>13}{amount:>14}{share:>12}"
+        odds = f"{p_value(score):>10}" if row.calibration else ""
+        yield f"  {score.id:<{side}}{holds:>13}{amount:>14}{share:>12}{odds}"
 
 
 def _environment(differences: Sequence[Difference]) -> Iterator[str]:

@@ -489,3 +489,22 @@ def test_clean_cuts_and_escapes() -> None:
     assert clean("a\u202eb\x00\n\ud800") == "a\\u202eb\\x00\\n\\ud800"
     assert clean("naïve 模型 ✓") == "naïve 模型 ✓"
     assert clean("x" * 500) == "x" * 400 + "…"
+
+
+def test_a_calibrated_row_shows_its_p_values() -> None:
+    result = sample()
+    first, *rest = result.rows
+    scores = tuple(
+        msgspec.structs.replace(score, p_value=p, rejected=p is not None and p < 0.01)
+        for score, p in zip(first.scores, (None, 0.0083, 0.0, *[1.0] * len(first.scores)), strict=False)
+    )
+    row = msgspec.structs.replace(
+        first, scores=scores, calibration="the profile", alpha=0.01, p_value=0.7, positions=16
+    )
+    calibrated = msgspec.structs.replace(result, rows=(row, *rest))
+    for shown in (text.render(calibrated), html.render(calibrated)):
+        assert f"Calibrated by the profile; level 0.01; {row.references} prompts, worth 16 positions" in shown
+        assert "p of the claim 0.7" in shown
+        assert "0.0083" in shown
+        assert "limit" in shown
+    assert "Calibrated by" not in text.render(result)
