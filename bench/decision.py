@@ -186,7 +186,7 @@ def build_pool(directions: Sequence[Direction], count: int, without: int | None)
     floors: list[float] = []
     noise: list[float] = []
     margin: list[float] = []
-    prompts = 0
+    prompts = noise_prompts = 0
     for direction in directions:
         rivals_in = [each for each in direction.members if each not in (ANCHOR, "wrong-prompt", "model=disturbed")]
         for row in direction.rows:
@@ -195,6 +195,7 @@ def build_pool(directions: Sequence[Direction], count: int, without: int | None)
             references = [each for each in range(direction.evidence.shape[2]) if each != without]
             prompts += len(references)
             own = direction.own(row)
+            noise_prompts += 0 if own.startswith("quant") else len(references)
             rivals = [each for each in rivals_in if each != own and {own, each} != {SDPA, "attn=sdpa_math"}]
             for window in windows(count):
                 tables = direction.tables(row, window)
@@ -205,7 +206,14 @@ def build_pool(directions: Sequence[Direction], count: int, without: int | None)
                     nearest = min(scores.distance[each] for each in rivals)
                     margin.append(math.log(nearest / max(scores.distance[own], 1e-12)))
     pool = [tuple(sorted(round(float(value), 4) for value in values)) for values in (floors, noise, margin)]
-    return Pool(positions=count, prompts=prompts, floors=pool[0], noise=pool[1], margin=pool[2])
+    return Pool(
+        positions=count,
+        prompts=prompts,
+        noise_prompts=noise_prompts,
+        floors=pool[0],
+        noise=pool[1],
+        margin=pool[2],
+    )
 
 
 @dataclass(frozen=True)

@@ -174,11 +174,13 @@ def make_host(device: str, python: str, env: Sequence[str], model_paths: Sequenc
     return host
 
 
-def require_outputs(*paths: Path | None) -> None:
-    """Raise :class:`UsageError` for a file that could not be written: before the work, not after it."""
+def require_outputs(*paths: Path | None, inputs: Sequence[Path | None] = ()) -> None:
+    """Raise :class:`UsageError` for a file that could not be written, or is one of ``inputs``: before the work, not after it."""
     for path in paths:
         if path is None:
             continue
+        if path.exists() and any(each is not None and each.exists() and path.samefile(each) for each in inputs):
+            raise UsageError(f"{path} is an input: writing it would destroy it", "name another file for the output")
         if path.is_dir():
             raise UsageError(f"cannot write {path}: it is a folder", "name a file in it")
         if not path.parent.is_dir():

@@ -13,7 +13,7 @@ really ran is in the lineup: as far as the profile's honest prompts speak for th
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,12 +28,16 @@ FAR = 2.0
 FAR_FROM_WIDER = 0.5
 """The same for a config of a wider dtype than the claimed one: what it computes lies at its own replay, hardly a floor away."""
 
+ENOUGH = 16
+"""Positions below which evidence scatters too much for the limit on wider dtypes."""
+
 
 @dataclass(frozen=True)
 class Calibration:
     """One row's scores, the pool that they are held against, and the members that the profile covers.
 
-    ``wider`` are members of a wider dtype than the claimed config's, the anchor among them.
+    ``wider`` are members of a wider dtype than the claimed config's, the anchor among them. ``kinds`` says of each member
+    which kind it is of: members of one kind are no rivals (see :func:`fpforensics.verifier.lanes.rivals_of`).
     """
 
     scores: Scores
@@ -41,6 +45,7 @@ class Calibration:
     profile: str
     covered: Collection[str]
     wider: Collection[str] = ()
+    kinds: Mapping[str, str] | None = None
     alpha: float = ALPHA
 
 
@@ -67,11 +72,13 @@ def judge(
     scores, pool, alpha = calibration.scores, calibration.pool, calibration.alpha
     others = [name for name in fitting if name != claimed]
     # A config that nothing here can tell from the claimed one is no rival of it.
-    rivals = rivals_of(claimed, contradicting, classes)
+    rivals = rivals_of(claimed, contradicting, classes, calibration.kinds)
     claim = test_member(claimed, scores, pool, rivals, same=others)
     tested = {claimed: claim}
     for name in contradicting:
-        against = rivals_of(name, [*fitting, *contradicting], classes)
+        # The sign test holds against one rival at a time: for a config that no profile covers, the claimed one.
+        others_than = [*fitting, *contradicting] if name in calibration.covered else [claimed]
+        against = rivals_of(name, others_than, classes, calibration.kinds)
         tested[name] = _test(name, against, calibration)
     where = f"{scores.floors[claimed]:.2f} noise floors from {claimed} in the early layers"
     if claim.rejected(alpha):
@@ -103,6 +110,8 @@ def _test(name: str, rivals: Collection[str], calibration: Calibration) -> Teste
         return found
     floors, limit = calibration.scores.floors[name], FAR
     if name in calibration.wider:
+        if calibration.pool.positions < ENOUGH:
+            return found
         floors, limit = calibration.scores.distance[name], FAR_FROM_WIDER
     return Tested(0.0, "limit", floors) if floors > limit else found
 
@@ -128,7 +137,7 @@ def _needed(remain: Collection[str], names: list[str], classes: Classes, calibra
     """Prompts after which the sign test would have rejected each of those that remain."""
     every = []
     for name in remain:
-        against = rivals_of(name, names, classes)
+        against = rivals_of(name, names, classes, calibration.kinds)
         if not against:
             return None
         every.append(prompts_to_settle(prompt_margins([name], calibration.scores, against), calibration.alpha))

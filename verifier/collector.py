@@ -139,7 +139,8 @@ class Collector:
             return None
         covered = {name for name, config in self._configs.items() if profile.covers(config)}
         wider = {name for name, config in self._configs.items() if config.dtype in ("fp32", "fp64")}
-        return Calibration(scores, pool, profile.name, covered, wider)
+        kinds = {name: kind_of(config) for name, config in self._configs.items()}
+        return Calibration(scores, pool, profile.name, covered, wider, kinds)
 
     def in_order(self, names: Sequence[str]) -> None:
         """Put reports and measurements in the order of ``names``, whatever order the replays came in."""
@@ -179,6 +180,13 @@ class Collector:
         found = facts[each.config]
         assert found is not None, "the claimed config is never skipped"
         return found
+
+
+def kind_of(config: ExecutionConfig) -> str:
+    """What the profile's margins were measured between: configs that differ in anything else are of one kind."""
+    attention = "sdpa" if config.attention.startswith("sdpa") else config.attention
+    fields = (config.model, config.dtype, config.quantization, attention, config.emulate_tensor_parallel)
+    return "/".join(map(str, fields))
 
 
 def position_counts(row: Row) -> dict[str, dict[Phase, int]]:

@@ -169,6 +169,17 @@ def decide_row(
             identity_only,
         )
         verdict, reasons = judgement.verdict, judgement.reasons
+        # The early layers decide, but what comes after them must not be beyond explanation either.
+        whole = next(member for member in members if member.id == claimed.id).distances
+        late = [cell for cell in used if _in_floors(whole[cell], noise[cell]) > MIN_RATIO]
+        if verdict != "INCONSISTENT" and claimed.floors is not None and claimed.floors > MAX_FLOORS:
+            verdict = "INCONSISTENT"
+            reasons = (
+                f"over all layers {_number(claimed.floors)} noise floors from {claimed.id}, limit {MAX_FLOORS:g}",
+            )
+        elif verdict == "CONSISTENT" and late:
+            verdict = "INCONCLUSIVE"
+            reasons += (f"more than {MIN_RATIO:g} noise floors away at {', '.join(map(str, late[:3]))}",)
         scores = [_with_p(score, judgement, calibration.alpha) for score in scores]
     else:
         verdict, reasons = _decide(claimed, fitting, contradicting, identity_only)
@@ -266,7 +277,8 @@ def _with_p(score: MemberScore, judgement: Judgement, alpha: float) -> MemberSco
     tested = judgement.tested.get(score.id)
     if tested is None:
         return score
-    return msgspec.structs.replace(score, p_value=tested.p, rejected=tested.rejected(alpha))
+    odds = None if tested.lane == "limit" else tested.p
+    return msgspec.structs.replace(score, p_value=odds, rejected=tested.rejected(alpha))
 
 
 def _better(fitting: MemberScore, contradicting: Sequence[MemberScore]) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ each at a third of the level (Bonferroni), on all prompts together:
 
 - **absolute**: the evidence is not further from the member's replay than honest evidence is. Catches what is not in
   the lineup: other weights, another prompt, another quantization.
-- **noise**: the evidence carries as much rounding noise of its own as the member's arithmetic makes, no less and no
-  more. Catches evidence computed in a wider dtype: too good to be true.
+- **noise**: the evidence carries no less rounding noise of its own than the member's arithmetic makes. Catches evidence
+  computed in a wider dtype: too good to be true. (More noise than that is distance, which the first lane sees.)
 - **lineup**: no other member lies nearer by more than happens to honest evidence. Catches neighbours: another kernel.
 
 All positions of a bundle together are held against single honest prompts of as many positions or fewer: several prompts
@@ -82,13 +82,13 @@ def _margin(distance: Mapping[str, float], names: Sequence[str], rivals: Collect
 
 def sign_test(margins: Sequence[float]) -> float:
     """P(so few prompts nearer to the own config), if that happens at least half of the time: exact, one-sided."""
-    nearer = sum(margin > 0 for margin in margins)
+    nearer = sum(margin >= 0 for margin in margins)
     return float(sum(math.comb(len(margins), k) for k in range(nearer + 1)) / 2 ** len(margins))
 
 
 def prompts_to_settle(margins: Sequence[float], alpha: float) -> int | None:
     """How many prompts would reject a hypothesis by the sign test, if they keep going as these do; None if never."""
-    share = sum(margin > 0 for margin in margins) / len(margins)
+    share = sum(margin >= 0 for margin in margins) / len(margins)
     if share >= 0.5:
         return None
     for count in range(1, 1001):
@@ -98,16 +98,17 @@ def prompts_to_settle(margins: Sequence[float], alpha: float) -> int | None:
     return None
 
 
-def rivals_of(name: str, names: Collection[str], classes: Classes) -> list[str]:
-    """The members that can be told apart from ``name`` at all."""
-    return [other for other in names if other != name and not same_class(name, other, classes)]
+def rivals_of(name: str, names: Collection[str], classes: Classes, kinds: Mapping[str, str] | None = None) -> list[str]:
+    """The members that can be told apart from ``name``: not of its kernel class, and of another of ``kinds``.
 
-
-def test_lineup(
-    scores: Scores, pool: Pool, names: Mapping[str, bool], covered: Collection[str], classes: Classes
-) -> dict[str, Tested]:
-    """Each member of ``names`` as a hypothesis of its own, against all the others."""
-    return {
-        name: test_member(name, scores, pool, rivals_of(name, names, classes), covered=name in covered)
-        for name in names
-    }
+    The margins of the pools were measured between kinds (attention, dtype, quantization, partial sums). Two configs of one
+    kind may differ by a bit: which of them lies nearer says nothing.
+    """
+    kind = kinds or {}
+    return [
+        other
+        for other in names
+        if other != name
+        and not same_class(name, other, classes)
+        and (name not in kind or kind[name] != kind.get(other))
+    ]

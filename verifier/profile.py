@@ -27,12 +27,14 @@ BUILT_IN = "builtin.json"
 class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Scores of ``prompts`` honest prompts of ``positions`` positions, each list ascending.
 
-    A list may hold several windows of one prompt: they count as one prompt together. ``margin`` is the natural
+    A list may hold several windows of one prompt: they count as one prompt together. ``noise`` is about ``noise_prompts`` of
+    them, those whose weights are the anchor's. ``margin`` is the natural
     logarithm of (distance to the nearest other member / distance to the own one).
     """
 
     positions: int
     prompts: int
+    noise_prompts: int
     floors: tuple[float, ...]
     noise: tuple[float, ...]
     margin: tuple[float, ...]
@@ -42,10 +44,9 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self._p(1 - bisect_left(self.floors, value) / len(self.floors))
 
     def p_noise(self, value: float) -> float:
-        """How unusual so little or so much noise of the evidence itself is (two-sided)."""
-        below = bisect_right(self.noise, value) / len(self.noise)
-        above = 1 - bisect_left(self.noise, value) / len(self.noise)
-        return min(1.0, 2 * self._p(min(below, above)))
+        """How unusual so little noise of the evidence itself is."""
+        share = bisect_right(self.noise, value) / len(self.noise)
+        return (1 + self.noise_prompts * share) / (self.noise_prompts + 1)
 
     def p_margin(self, value: float) -> float:
         """How unusual so small a margin over the nearest other config is."""

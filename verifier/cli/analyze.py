@@ -44,7 +44,7 @@ def analyze(
     """
     from fpforensics.common.errors import UsageError
 
-    require_outputs(html)
+    require_outputs(html, inputs=(*files, observed))
     if summary and (observed or html):
         raise UsageError("--summary is about whole experiments", "leave out --observed and --html")
     if len(files) > 1 and not summary:

@@ -117,7 +117,7 @@ def check(
     from fpforensics.verifier.verdict import require_signable
 
     plan = make_plan(claim, lineup, mode, row, using)
-    require_outputs(html, png, verdict_path)
+    require_outputs(html, png, verdict_path, inputs=(bundle, sign, *keys))
     require_renderers(html, png)
     signing_key = load_signing_key(sign, verdict_path)
     if nonce is not None and len(nonce) < MIN_NONCE_DIGITS:

@@ -26,7 +26,7 @@ def export(bundle: Path, keys: tuple[Path, ...], output: Path, variable: str, qu
     from fpforensics.verifier.export import export_bundle
     from fpforensics.verifier.intake import open_bundle
 
-    require_outputs(output)
+    require_outputs(output, inputs=(bundle, *keys))
     with open_bundle(bundle, Keyring.from_paths(keys)) as verified, progress_bar(quiet) as report:
         verified.verify_all(lambda done, total: report("checking digests", done, total))
         export_bundle(verified, output, variable)

@@ -139,9 +139,7 @@ def calibrated(row: RowVerdict) -> str:
 
 def p_value(score: MemberScore) -> str:
     """How often honest evidence of this config would look like this; ``limit`` where a fixed limit rejected it."""
-    if score.p_value is None:
-        return "—"
-    return "limit" if score.p_value == 0 else _small(score.p_value)
+    return "limit" if score.rejected and score.p_value is None else _small(score.p_value)
 
 
 def _small(value: float | None) -> str:

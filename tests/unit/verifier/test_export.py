@@ -18,6 +18,7 @@ from fpforensics.common.lab.run import Run
 from fpforensics.common.lab.schema import first_problem
 from fpforensics.common.signals import Trace
 from fpforensics.verifier.analysis import analyze
+from fpforensics.verifier.cli.analyze import analyze as analyze_command
 from fpforensics.verifier.cli.export import export
 from fpforensics.verifier.export import export_bundle
 from fpforensics.verifier.intake import open_bundle
@@ -147,3 +148,21 @@ def test_command_needs_a_trusted_key(tmp_path: Path) -> None:
     result = CliRunner().invoke(export, arguments)
     assert result.exception is not None
     assert not (tmp_path / "out.json").exists()
+
+
+def test_an_output_never_destroys_an_input(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "bundle.msgpack", SIZE)
+    before = (tmp_path / "bundle.msgpack").read_bytes()
+    (tmp_path / "link.json").symlink_to(tmp_path / "bundle.msgpack")
+    key = str(H100 / "prover.key.pub")
+    for output in ("bundle.msgpack", "link.json"):
+        arguments = [str(tmp_path / "bundle.msgpack"), "--key", key, "-o", str(tmp_path / output)]
+        result = CliRunner().invoke(export, arguments)
+        assert isinstance(result.exception, UsageError)
+        assert "is an input" in result.exception.diagnostics()
+    experiment = exported(tmp_path)
+    text = experiment.read_bytes()
+    refused = CliRunner().invoke(analyze_command, [str(experiment), "--html", str(experiment)])
+    assert isinstance(refused.exception, UsageError)
+    assert experiment.read_bytes() == text
+    assert (tmp_path / "bundle.msgpack").read_bytes() == before

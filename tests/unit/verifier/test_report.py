@@ -495,8 +495,8 @@ def test_a_calibrated_row_shows_its_p_values() -> None:
     result = sample()
     first, *rest = result.rows
     scores = tuple(
-        msgspec.structs.replace(score, p_value=p, rejected=p is not None and p < 0.01)
-        for score, p in zip(first.scores, (None, 0.0083, 0.0, *[1.0] * len(first.scores)), strict=False)
+        msgspec.structs.replace(score, p_value=p, rejected=p is None or p < 0.01)
+        for score, p in zip(first.scores, (1.0, 0.0083, None, *[1.0] * len(first.scores)), strict=False)
     )
     row = msgspec.structs.replace(
         first, scores=scores, calibration="the profile", alpha=0.01, p_value=0.7, positions=16

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 
 from fpforensics.common.errors import Error, EvidenceError, UsageError
 from fpforensics.common.signals import DTYPES, Array
-from fpforensics.verifier import compare
+from fpforensics.verifier.compare import figures
 from fpforensics.verifier.compare.figures import (
     absolute_gaps,
     by_position,
@@ -97,7 +97,7 @@ def naive(a: Array, b: Array) -> dict[str, Any]:
 @pytest.mark.parametrize("block", [1, 57, 58 * 3, 1 << 18], ids=["a row", "under a row", "three rows", "all"])
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "f64"])
 def test_every_figure_against_plain_loops(dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(figures, "_BLOCK_ELEMENTS", block)
     rng = np.random.default_rng(5)
     a = (3 * rng.normal(size=(7, 58))).astype(DTYPES[dtype])
     b = (a.astype(np.float64) + rng.normal(size=a.shape) * np.array([[0, 1e-5, 1e-3, 0.02, 0.1, 0.5, 3]]).T).astype(
