@@ -120,8 +120,7 @@ def _why(claimed: str, claim: Tested, rivals: Collection[str], calibration: Cali
     scores = calibration.scores
     said = {
         "absolute": f"{claim.value:.2f} noise floors from {claimed} in the early layers, further than honest evidence is",
-        "noise": f"its own rounding noise is {claim.value:.2f} times what {claimed} makes: "
-        + ("too good to be this config" if claim.value < 1 else "more than this config makes"),
+        "noise": f"its own rounding noise is {claim.value:.2f} times what {claimed} makes: too good to be this config",
         "lineup": f"honest evidence of {claimed} is not this much nearer to another config",
     }[claim.lane]
     reasons = [f"{said} ({_p(claim)})"]

@@ -59,7 +59,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A versioned calibration: for which configs and hardware it holds, and its pools, fewest positions first.
 
-    An empty ``configs`` entry set of a field means any. ``prover`` and ``verifier`` name the hardware.
+    ``prover`` and ``verifier`` name the hardware that was measured; :meth:`covers` does not look at them.
     """
 
     format: int
