@@ -24,6 +24,10 @@ POOLED = "pooled"
 
 # Rows converted to float64 at once, so that a long trace is never held twice.
 _BLOCK_ROWS = 512
+# Values whose distances are computed at once: they stay in a core's cache.
+_BLOCK_VALUES = 1 << 18
+# The share of the terms that a squared distance must be, lest it lose more than a digit to their rounding.
+_CANCELLED = 0.1
 # Pairs of a wanted and a listed token id that are compared at once.
 _BLOCK_MATCHES = 1 << 24
 
@@ -157,24 +161,50 @@ def rows_l2(claimed: Array, replay: Array, name: str) -> Floats:
 def mean_l2(stack: Sequence[Floats]) -> Floats:
     """The mean over positions of :func:`rows_l2` between every two of n traces, (M, D) float64 each -> (n, n).
 
-    For recorded numbers that are known to be finite. Position by position, so that a long trace passes through the
+    For recorded numbers that are known to be finite. A few positions at a time, so that a long trace passes through the
     processor's cache once, not once for each pair.
     """
     sums = np.zeros((len(stack), len(stack)))
-    space = np.empty((len(stack) - 1, stack[0].shape[1]))
-    for position in range(len(stack[0])):
-        rows_nD = np.array([trace[position] for trace in stack])  # noqa: N806
-        for index in range(len(stack) - 1):
-            others = rows_nD[index + 1 :]
-            sums[index, index + 1 :] += _norms(np.subtract(others, rows_nD[index], out=space[: len(others)]))
+    rows = max(1, _BLOCK_VALUES // (len(stack) * stack[0].shape[1]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(stack[0]), rows):
+            sums += np.sqrt(_squares_between([trace[start : start + rows] for trace in stack])).sum(axis=0)
     means: Floats = (sums + sums.T) / len(stack[0])
     return means
 
 
+def _squares_between(block: Sequence[Floats]) -> Floats:
+    """Squared distances between every two of n traces, (m, D) each -> (m, n, n), above the diagonal and 0 elsewhere.
+
+    |a - b|² = |a - o|² + |b - o|² - 2 (a - o)·(b - o), where o is the first trace: one matrix product instead of a pass for
+    each pair. Where a is so near to b that this cancels, the difference itself is taken: equal traces are at distance 0.
+    """
+    from_first = np.empty((len(block[0]), len(block) - 1, block[0].shape[1]))
+    for index, trace in enumerate(block[1:]):
+        np.subtract(trace, block[0], out=from_first[:, index])
+    own = _squares(from_first)
+    added = own[:, :-1, None] + own[:, None, 1:]  # (m, n-2, n-2)
+    products = np.matmul(from_first[:, :-1], from_first[:, 1:].transpose(0, 2, 1))
+    squares = np.zeros((len(block[0]), len(block), len(block)))
+    squares[:, 0, 1:] = own
+    squares[:, 1:-1, 2:] = np.triu(added - 2 * products)
+    near = np.triu(~(squares[:, 1:-1, 2:] > _CANCELLED * added))  # true of NaN, too
+    for i, j in np.argwhere(near.any(axis=0)):
+        at = near[:, i, j]
+        squares[at, i + 1, j + 2] = _squares(block[i + 1][at] - block[j + 2][at])
+    return squares
+
+
 def _norms(differences: Floats) -> Floats:
     """(M, D) -> (M,)."""
-    squares: Floats = np.matmul(differences[:, None, :], differences[:, :, None])[:, 0, 0]  # a BLAS dot product each
-    return np.sqrt(squares)
+    norms: Floats = np.sqrt(_squares(differences))
+    return norms
+
+
+def _squares(differences: Floats) -> Floats:
+    """(…, D) -> (…)."""
+    squares: Floats = np.matmul(differences[..., None, :], differences[..., None])[..., 0, 0]  # a BLAS dot product each
+    return squares
 
 
 def _require_same(claimed: NDArray[Any], replay: NDArray[Any], what: str) -> None:

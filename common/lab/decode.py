@@ -53,6 +53,12 @@ def decode_signals(steps: list[tuple[str, int, Any]]) -> RunSignals:
     return RunSignals(_ranked(tops) if tops else None, vectors)
 
 
+def decode_ids(raw: msgspec.Raw, where: str) -> list[int]:
+    """A list of token ids."""
+    ids: list[int] = _decode(_ids, raw, where)
+    return ids
+
+
 def _in_order(positions: Mapping[str, Any], path: str) -> list[tuple[str, int, Any]]:
     """(path, position, value) from the first position to the last."""
     found = []
@@ -84,7 +90,7 @@ def _ranked(tops: list[tuple[str, Place, TopDoc]]) -> Ranked:
     listed: list[tuple[list[int], list[float]]] = []
     for where, _, top in tops:
         ids, values = (
-            _decode(_ids, top.token_ids, f"{where}.token_ids"),
+            decode_ids(top.token_ids, f"{where}.token_ids"),
             _decode(_floats, top.log_probs, f"{where}.log_probs"),
         )
         if len(ids) != len(values):

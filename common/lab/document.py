@@ -20,6 +20,8 @@ from fpforensics.common.signals import Signal
 DEFAULT_REFERENCE = "ref_0"
 MAX_CONFIGURATIONS = 1024
 """Each is compared with each."""
+MAX_TOKEN_BYTES = 64 << 20
+"""Of all runs' token_ids together: they are held as long as the document is, in several times their text's memory."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Count = TokenId
@@ -62,7 +64,7 @@ class RunDoc(msgspec.Struct, kw_only=True):
     rep_id: Count
     ref_id: Name = DEFAULT_REFERENCE
     prompt_sha256: str = ""
-    token_ids: list[TokenId] | UnsetType = UNSET
+    token_ids: msgspec.Raw | UnsetType = UNSET
     repetitions: RepetitionsDoc | UnsetType = UNSET
     prefill: SignalsDoc | UnsetType = UNSET
     decode_steps: list[StepDoc]
@@ -77,7 +79,7 @@ class Document(msgspec.Struct):
 
 
 def misfit(configurations: Sequence[dict[str, Any]], runs: Sequence[RunDoc]) -> str:
-    """What is wrong between configurations and runs, or nothing: ids that are unknown or given twice, steps out of order."""
+    """What is wrong between configurations and runs, or nothing: ids unknown or given twice, steps out of order, too many tokens."""
     known: dict[str, int] = {}
     if len(configurations) > MAX_CONFIGURATIONS:
         return f"configurations: {len(configurations)} of them, at most {MAX_CONFIGURATIONS} are compared"
@@ -88,6 +90,8 @@ def misfit(configurations: Sequence[dict[str, Any]], runs: Sequence[RunDoc]) -> 
         known[name] = index
     if not runs:
         return "runs: an empty list"
+    if sum(memoryview(run.token_ids).nbytes for run in runs if run.token_ids is not UNSET) > MAX_TOKEN_BYTES:
+        return f"runs: more than {MAX_TOKEN_BYTES} bytes of token_ids"
     seen: dict[tuple[str, str, int], int] = {}
     for index, run in enumerate(runs):
         if run.config_id not in known:

@@ -1,16 +1,13 @@
 """Open an experiment file: its index in memory, its numbers decoded run by run as they are asked for.
 
-The file is mapped, not read: what a long document costs is one run's arrays at a time, and its own pages,
-which the system can drop. ``.gz`` is unpacked to a temporary file first. All that is wrong raises an
-:class:`EvidenceError` of one line that begins with the path in the document.
+What a long document costs is one run's arrays at a time. All that is wrong raises an :class:`EvidenceError` of one line
+that begins with the path in the document. A name that is given twice in one object is an error in the metadata and the
+configurations, and everywhere in documents of up to 8 MiB; in longer ones, which are not read twice, the last one counts.
 """
 
 from __future__ import annotations
 
-import gzip
-import mmap
-import tempfile
-import zlib
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,17 +17,16 @@ from typing import IO, Any
 import msgspec
 from msgspec import UNSET
 
-from fpforensics.common.errors import EvidenceError, UsageError, shorten
-from fpforensics.common.lab.decode import WrongError, decode_signals
+from fpforensics.common.errors import EvidenceError, shorten
+from fpforensics.common.lab.decode import WrongError, decode_ids, decode_signals
 from fpforensics.common.lab.document import Document, RunDoc, misfit, unlike
 from fpforensics.common.lab.run import Configuration, Run, RunInfo, RunSignals
-from fpforensics.common.lab.schema import explain, first_problem
+from fpforensics.common.lab.schema import EXPLAINED_BYTES, explain, first_problem, repeated_name
+from fpforensics.common.lab.text import map_text, open_text, require_readable, same_text
 from fpforensics.common.signals import Phase
 
-MAX_UNPACKED_BYTES = 64 << 30
 MAX_UNTYPED_BYTES = 4 << 20
 """Of the metadata, and of the configurations: what may be anything takes many times its text's memory."""
-_CHUNK = 1 << 20
 _UNDECODED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MemoryError)
 
 _document = msgspec.json.Decoder(Document)
@@ -39,12 +35,10 @@ _document = msgspec.json.Decoder(Document)
 def open_experiment(path: Path) -> Experiment:
     """The experiment in ``path`` (JSON, or gzip of it), checked as far as its index goes; use it in a ``with``.
 
-    Raises :class:`UsageError` when there is no such file, :class:`EvidenceError` for what is no experiment.
-    Vectors are checked when their run is read: :meth:`Experiment.validate` reads them all.
+    Raises :class:`UsageError` when there is no such file, or it is a bundle, :class:`EvidenceError` for what is no
+    experiment. Vectors are checked when their run is read: :meth:`Experiment.validate` reads them all.
     """
-    if not path.is_file():
-        raise UsageError(f"no file {shorten(str(path), 200)}", "name an experiment's .json or .json.gz")
-    file = _unpacked(path)
+    file = open_text(path)
     try:
         return Experiment(path.name, file)
     except BaseException:
@@ -58,11 +52,23 @@ class Experiment:
     def __init__(self, name: str, file: IO[bytes]) -> None:
         self.name = shorten(name)
         self._file = file
-        self._text = _mapped(self.name, file)
+        self._runs: list[RunDoc] = []
+        self._text = map_text(self.name, file)
+        try:
+            self._read_index()
+        except BaseException as error:
+            _forget_frames(error)
+            self.close()
+            raise
+
+    def _read_index(self) -> None:
+        require_readable(self.name, self._text)
         try:
             document = _document.decode(self._text)
         except _UNDECODED as error:
             raise EvidenceError(explain(error, self._text), f"in {self.name}") from None
+        if len(self._text) <= EXPLAINED_BYTES and (problem := repeated_name(self._text[:])):
+            raise EvidenceError(problem, f"in {self.name}")
         self.metadata: Mapping[str, Any] = self._untyped(
             document.experiment_metadata, "experiment_metadata", "metadata"
         )
@@ -73,7 +79,12 @@ class Experiment:
             Configuration(each["config_id"], each["hardware"], each["variable_value"], each) for each in configurations
         )
         self._runs = document.runs
-        self.runs = tuple(_info(index, run) for index, run in enumerate(document.runs))
+        try:
+            self.runs = tuple(_info(index, run) for index, run in enumerate(document.runs))
+        except WrongError as error:
+            raise EvidenceError(str(error), f"in {self.name}") from None
+        except MemoryError as error:
+            raise EvidenceError(explain(error, b"", at=("runs",)), f"in {self.name}") from None
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -114,6 +125,10 @@ class Experiment:
             for _ in self.read_all(reference):
                 pass
 
+    def same_contents(self, other: Experiment) -> bool:
+        """Whether both files hold the same text, packed or not."""
+        return same_text(self._text, other._text)
+
     def close(self) -> None:
         """Let go of the file."""
         self._runs = []
@@ -138,7 +153,7 @@ class Experiment:
             value = msgspec.json.decode(text)
         except _UNDECODED as error:
             raise EvidenceError(explain(error, text, part, (name,)), f"in {self.name}") from None
-        if problem := first_problem(value, part, (name,)):
+        if problem := repeated_name(text, (name,)) or first_problem(value, part, (name,)):
             raise EvidenceError(problem, f"in {self.name}")
         return value
 
@@ -159,35 +174,12 @@ class Experiment:
             raise EvidenceError(problem, f"in {self.name}")
 
 
-def _unpacked(path: Path) -> IO[bytes]:
-    file = path.open("rb")
-    if file.read(2) != b"\x1f\x8b":
-        return file
-    file.close()
-    target = tempfile.TemporaryFile(prefix="fpforensics-")  # noqa: SIM115
-    try:
-        with gzip.open(path) as packed:
-            while chunk := packed.read(_CHUNK):
-                if target.tell() + len(chunk) > MAX_UNPACKED_BYTES:
-                    raise EvidenceError(
-                        f"{path.name} unpacks to over {MAX_UNPACKED_BYTES} bytes", "split the experiment"
-                    )
-                target.write(chunk)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        target.close()
-        raise EvidenceError(f"{path.name} is damaged: {error}", "is the download complete?") from None
-    except BaseException:
-        target.close()
-        raise
-    return target
-
-
-def _mapped(name: str, file: IO[bytes]) -> mmap.mmap:
-    file.seek(0, 2)
-    if file.tell() == 0:
-        raise EvidenceError(f"{name} is empty: 0 bytes", "is the download complete?")
-    file.flush()
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _forget_frames(error: BaseException) -> None:
+    """What the frames of tracebacks hold points into the map, and would keep it open."""
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__context__
 
 
 def _info(index: int, run: RunDoc) -> RunInfo:
@@ -197,8 +189,9 @@ def _info(index: int, run: RunDoc) -> RunInfo:
     steps = [step.step for step in run.decode_steps]
     own = tuple(step.token_id for step in run.decode_steps if step.token_id is not UNSET)
     tokens = own if own and len(own) == len(steps) else None
+    listed = [] if run.token_ids is UNSET else decode_ids(run.token_ids, f"runs[{index}].token_ids")
     if run.token_ids is not UNSET and (tokens is None or steps[-1] >= len(steps)):  # steps were left out
-        tokens = tuple(run.token_ids[: steps[-1] + 1 if steps else None])
+        tokens = tuple(listed[: steps[-1] + 1 if steps else None])
     return RunInfo(index, run.config_id, run.ref_id, run.rep_id, tokens, run.prompt_sha256, said)
 
 

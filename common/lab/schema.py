@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
@@ -22,7 +23,7 @@ from fpforensics.common.errors import shorten
 Path = Sequence[str | int]
 _PLAIN = re.compile(r"[\w-]+")
 # Larger documents are not read a second time as Python values, which take many times their text's memory.
-_EXPLAINED_BYTES = 8 << 20
+EXPLAINED_BYTES = 8 << 20
 _AT_BYTE = re.compile(r"\(byte (\d+)\)")
 _CONSTANT = re.compile(rb"-?(?:NaN|Infinity)")
 # A whole string, plain numbers and the commas after them, what gives structure, a string that never ends.
@@ -69,7 +70,7 @@ def explain(error: Exception, text: Any, part: str = "", at: Path = ()) -> str:
     if byte or "truncated" in message:
         return _explain_syntax(message, text, int(byte[1]) if byte else len(text), at)
     found = ""
-    if len(text) <= _EXPLAINED_BYTES:
+    if len(text) <= EXPLAINED_BYTES:
         with suppress(ValueError, RecursionError):  # a number of thousands of digits, say
             value = json.loads(bytes(text))
             infinite = next(_infinite(value, ()), None)
@@ -81,6 +82,27 @@ def explain(error: Exception, text: Any, part: str = "", at: Path = ()) -> str:
     problem, _, inner = message.partition(" - at `$")
     where = f"{show_path(at) if at else ''}{inner.rstrip('`')}".removeprefix(".")
     return f"{where or 'the document'}: {shorten(problem.replace('`', ''), 100)}"
+
+
+def repeated_name(text: bytes, at: Path = ()) -> str:
+    """Where an object names something twice, of which every decoder keeps the last: ``path: problem``, or nothing.
+
+    ``text`` is JSON that was decoded already.
+    """
+    twice: list[_Repeating] = []
+
+    def collect(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) == len(items):
+            return found
+        twice.append(_Repeating(items))
+        return twice[-1]
+
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text, object_pairs_hook=collect, parse_int=float)  # int() refuses thousands of digits
+        for path, each in _repeating(value, tuple(at)) if twice else ():
+            return f"{show_path(path)}: {shorten(each.name)!r} is given twice"
+    return f"{show_path(at)}: {shorten(twice[0].name)!r} is given twice" if twice else ""
 
 
 def show_path(path: Path) -> str:
@@ -147,6 +169,26 @@ def _name(token: bytes) -> str:
         return str(json.loads(token))
     except ValueError:
         return token[1:].removesuffix(b'"').decode(errors="replace")
+
+
+class _Repeating(dict[str, Any]):
+    """An object, and a name that it gives more than once."""
+
+    def __init__(self, items: list[tuple[str, Any]]) -> None:
+        super().__init__(items)
+        self.name = Counter(name for name, _ in items).most_common(1)[0][0]
+
+
+def _repeating(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[Path, _Repeating]]:
+    """The objects that name something twice, each with its path."""
+    if isinstance(value, _Repeating):
+        yield path, value
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _repeating(each, (*path, name))
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from _repeating(each, (*path, index))
 
 
 def _infinite(value: Any, path: tuple[str | int, ...]) -> Iterator[Path]:

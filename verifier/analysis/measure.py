@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Literal
 
@@ -25,7 +26,7 @@ Canonical = Literal["claimed", "first"]
 
 @dataclass(frozen=True)
 class Member:
-    """One config of one experiment. ``side`` is 0 for the claimed experiment, 1 for the observed one."""
+    """One config of one experiment. ``side`` is an index of :data:`SIDES`."""
 
     side: int
     configuration: Configuration
@@ -40,7 +41,7 @@ class Member:
         """Whose hardware it ran on: the same name in two experiments may be two machines."""
         return self.side, self.configuration.hardware
 
-    @property
+    @cached_property
     def value(self) -> str:
         """``variable_value`` as text that is equal where the values are: 1 and 1.0, but not 1 and true."""
         value = self.configuration.variable_value
@@ -50,13 +51,16 @@ class Member:
 class Measurements:
     """Distances between all members, reference by reference.
 
-    ``identical`` says of a cell, side and config whether its repetitions were equal; ``said`` what the document
+    ``one_sided`` are, for each side, the references that only it has. ``held`` says which members measured a cell on a
+    reference, ``identical`` of a cell, side and config whether its repetitions were equal; ``said`` what the document
     says of repetitions it does not store; ``uncompared`` counts positions without a canonical id on both sides.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], one_sided: Sequence[tuple[str, ...]] = ()) -> None:
         self.members = tuple(members)
+        self.one_sided = tuple(one_sided)
         self.references: list[str] = []
+        self.held: dict[tuple[Cell, str], frozenset[int]] = {}
         self.distances: dict[Cell, dict[str, Floats]] = {}
         self.identical: dict[tuple[Cell, int, str], bool] = {}
         self.said: dict[tuple[int, str], bool] = {}
@@ -99,7 +103,7 @@ class Measurements:
     ) -> None:
         for key in dict.fromkeys(key for _, signals in measured for key in signals.vectors):
             holding = [(index, signals.vectors[key]) for index, signals in measured if key in signals.vectors]
-            table = self._table(Cell(phase, key[0], key[1]), reference)
+            table = self._table(Cell(phase, key[0], key[1]), reference, holding)
             for layout in dict.fromkeys(_layout(vectors) for _, vectors in holding):
                 alike = [(index, vectors.values) for index, vectors in holding if _layout(vectors) == layout]
                 indices = np.array([index for index, _ in alike])
@@ -123,7 +127,7 @@ class Measurements:
         ranked = [(index, signals.logprobs) for index, signals in measured if signals.logprobs is not None]
         if not ranked:
             return
-        table = self._table(Cell(phase, "logprobs"), reference)
+        table = self._table(Cell(phase, "logprobs"), reference, ranked)
         for i, ours in ranked:
             table[i, i] = 0.0
             source = ours if canonical == "claimed" else ranked[0][1]
@@ -144,11 +148,12 @@ class Measurements:
                 if len(compared):
                     table[i, j] = compared.mean()
 
-    def _table(self, cell: Cell, reference: str) -> Floats:
-        tables = self.distances.setdefault(cell, {})
-        if reference not in tables:
-            tables[reference] = np.full((len(self.members),) * 2, np.nan)
-        return tables[reference]
+    def _table(self, cell: Cell, reference: str, holding: Sequence[tuple[int, object]]) -> Floats:
+        """A new one, without any distance yet."""
+        table = np.full((len(self.members),) * 2, np.nan)
+        self.distances.setdefault(cell, {})[reference] = table
+        self.held[cell, reference] = frozenset(index for index, _ in holding)
+        return table
 
     def _require_same_prompt(self, reference: str, present: Sequence[tuple[int, Run]]) -> None:
         stated = [(run.info.prompt_sha256, index) for index, run in present if run.info.prompt_sha256]

@@ -11,17 +11,26 @@ import numpy as np
 
 from fpforensics.common.signals import PHASES, SIGNALS, Signal
 from fpforensics.verifier.analysis.measure import Measurements, Member
-from fpforensics.verifier.analysis.result import Analysis, CellAnalysis, Comparison, Diverged, PairAnalysis
+from fpforensics.verifier.analysis.missing import not_compared
+from fpforensics.verifier.analysis.result import (
+    SIDES,
+    About,
+    Analysis,
+    CellAnalysis,
+    Comparison,
+    Diverged,
+    PairAnalysis,
+    Side,
+)
 from fpforensics.verifier.distance import POOLED, Cell, Floats
-from fpforensics.verifier.matrix import DistanceMatrix, Ratio, Table, kernel_classes, labels, ratio
-from fpforensics.verifier.pairs import PairDecision, decide_pair
+from fpforensics.verifier.matrix import DistanceMatrix, Ratio, Table, kernel_classes, labels, mean, ratio
 
 KERNEL_CLASS = 1e-9
 """Configs nearer than this are one kernel class (published quantization study: "equivalent pairs")."""
 
 
-def report_of(measured: Measurements) -> Analysis:
-    """Everything measured, as values."""
+def report_of(measured: Measurements, about: About) -> Analysis:
+    """Everything measured, as values; ``about`` says of what."""
     analysis: Analysis = {}
     for phase in PHASES:
         signals: dict[Signal, CellAnalysis] = {}
@@ -30,11 +39,12 @@ def report_of(measured: Measurements) -> Analysis:
             if not cells:
                 continue
             if signal == "logprobs":
-                signals[signal] = _cell(measured, cells[0], measured.distances[cells[0]], {})
+                signals[signal] = _cell(measured, about, cells[0], measured.distances[cells[0]], {})
             else:
                 cells.sort(key=lambda cell: int(cell.layer.removeprefix("layer_")))
-                layers = {cell.layer: _cell(measured, cell, measured.distances[cell], {}) for cell in cells}
-                signals[signal] = _cell(measured, Cell(phase, signal, POOLED), _pooled(measured, cells), layers)
+                layers = {cell.layer: _cell(measured, about, cell, measured.distances[cell], {}) for cell in cells}
+                pooled = Cell(phase, signal, POOLED)
+                signals[signal] = _cell(measured, about, pooled, _pooled(measured, cells), layers)
         if signals:
             analysis[phase] = signals
     return analysis
@@ -43,49 +53,57 @@ def report_of(measured: Measurements) -> Analysis:
 def _pooled(measured: Measurements, cells: Sequence[Cell]) -> dict[str, Floats]:
     """The mean over layers; NaN where a layer is missing, so that every entry pools the same layers."""
     pooled = {}
+    missing = np.full((len(measured.members),) * 2, np.nan)
     for reference in measured.references:
-        tables = [measured.distances[cell][reference] for cell in cells if reference in measured.distances[cell]]
-        if tables:
-            pooled[reference] = np.mean(tables, axis=0)
+        tables = [measured.distances[cell].get(reference) for cell in cells]
+        if any(each is not None for each in tables):
+            pooled[reference] = np.mean([missing if each is None else each for each in tables], axis=0)
     return pooled
 
 
 def _cell(
-    measured: Measurements, cell: Cell, tables: dict[str, Floats], per_layer: dict[str, CellAnalysis]
+    measured: Measurements, about: About, cell: Cell, tables: dict[str, Floats], per_layer: dict[str, CellAnalysis]
 ) -> CellAnalysis:
     rows = [index for index, each in enumerate(measured.members) if each.side == 0]
     columns = [index for index, each in enumerate(measured.members) if each.side == 1] or rows
     two = columns is not rows
-    matrix, everyone = _matrix(measured, cell, tables, rows, columns, by_value=two), _mean(list(tables.values()))
+    matrix, everyone = _matrix(measured, cell, tables, rows, columns, by_value=two), _mean_table(list(tables.values()))
     classes = _kernel_classes(measured, everyone)
     # Between two experiments a class is one of values: what one side cannot tell apart, no matrix can.
     by_key = [{measured.members[i].value if two else measured.members[i].id for i in members} for members in classes]
-    named = tuple(dict.fromkeys(tuple(measured.members[i].id for i in members) for members in classes))
-    snr, meaningful = matrix.snr(), matrix.snr(by_key)
-    off_diagonal, apart = matrix.off_diagonal(), matrix.off_diagonal(by_key)
+    named: dict[tuple[str, ...], tuple[Side, ...]] = {}
+    for members in classes:
+        names = tuple(measured.members[i].id for i in members)
+        named[names] = (*named.get(names, ()), SIDES[measured.members[members[0]].side])
+    off_diagonal = _mean_or_none(every := matrix.off_diagonal())
+    apart = _mean_or_none(meant := matrix.off_diagonal(by_key))
+    snr, meaningful = (ratio(signal, matrix.diagonal_mean) for signal in (off_diagonal, apart))
     baseline, within, across = _questions(measured, everyone)
     return CellAnalysis(
+        about=about,
         configs=matrix.rows,
         observed_configs=matrix.columns,
         matrix=_values(matrix.aggregate),
         per_reference={name: _values(matrix.values[i]) for i, name in enumerate(matrix.references)},
         diagonal_mean=matrix.diagonal_mean,
-        off_diagonal_mean=float(np.mean(off_diagonal)) if off_diagonal else None,
-        off_diagonal_count=len(off_diagonal),
+        off_diagonal_mean=off_diagonal,
+        off_diagonal_count=len(every),
         snr=snr.value,
         snr_infinite=snr.infinite,
         snr_meaningful=meaningful.value,
         snr_meaningful_infinite=meaningful.infinite,
-        meaningful_mean=float(np.mean(apart)) if apart else None,
-        meaningful_count=len(apart),
+        meaningful_mean=apart,
+        meaningful_count=len(meant),
         label=labels(meaningful)[0],
-        pairwise=tuple(_pairs(measured, matrix, rows)),
-        kernel_classes=named,
+        pairwise=tuple(_pairs(measured, matrix, by_value=two)),
+        kernel_classes=tuple(named),
+        kernel_class_sides=tuple(named.values()),
         reproducible=_all_reproducible(measured, cell, per_layer),
         cross_hardware_baseline=baseline,
         within_hardware=within,
         across_hardware=across,
         diverged=_diverged_in(measured, rows, columns) if cell.phase == "decode" else (),
+        not_compared=not_compared(measured, [Cell(cell.phase, cell.signal, layer) for layer in per_layer] or [cell]),
         uncompared=_count_uncompared(measured, cell, rows, columns),
         per_layer=per_layer,
     )
@@ -114,36 +132,23 @@ def _matrix(
     )
 
 
-def _pairs(measured: Measurements, matrix: DistanceMatrix, rows: list[int]) -> Iterator[PairAnalysis]:
+def _pairs(measured: Measurements, matrix: DistanceMatrix, *, by_value: bool) -> Iterator[PairAnalysis]:
     """Named by config ids: those of the rows where they have the value."""
-    names: dict[str, str] = {}
-    for key, name in zip(matrix.row_keys + matrix.column_keys, matrix.rows + matrix.columns, strict=True):
-        names.setdefault(key, name)
+    named: dict[str, Member] = {}
+    for member in measured.members:
+        named.setdefault(member.value if by_value else member.id, member)
     for each in matrix.pairwise():
+        a, b = named[each.a], named[each.b]
         yield PairAnalysis(
-            pair=(names[each.a], names[each.b]),
+            pair=(a.id, b.id),
+            values=(a.value, b.value),
             signal=each.signal,
             noise=each.noise,
             snr=each.snr,
             snr_infinite=each.snr_infinite,
             label=each.label,
-            decision=_decide(matrix, each.a, each.b),
+            decision=each.decision,
         )
-
-
-def _decide(matrix: DistanceMatrix, a: str, b: str) -> PairDecision | None:
-    """From each reference's own signal and noise; references that lack one are left out."""
-    rows, columns = np.array(matrix.row_keys), np.array(matrix.column_keys)
-
-    def mean(pairs: tuple[tuple[str, str], ...]) -> Floats:
-        masks = [np.outer(rows == row, columns == column) for row, column in pairs]
-        entries = matrix.values[:, np.logical_or.reduce(masks)]
-        counts = (~np.isnan(entries)).sum(axis=1)
-        return np.where(counts > 0, np.nansum(entries, axis=1) / np.maximum(counts, 1), np.nan)
-
-    signal, noise = mean(((a, b), (b, a))), mean(((a, a), (b, b)))
-    both = ~np.isnan(signal) & ~np.isnan(noise)
-    return decide_pair(signal[both].tolist(), noise[both].tolist()) if both.any() else None
 
 
 def _kernel_classes(measured: Measurements, everyone: Floats) -> list[list[int]]:
@@ -184,7 +189,10 @@ def _both(one: bool | None, other: bool | None) -> bool | None:
 def _questions(
     measured: Measurements, everyone: Floats
 ) -> tuple[tuple[Comparison, ...], tuple[Comparison, ...], tuple[Comparison, ...]]:
-    """The plan's questions 2 to 4: across machines with one value, within a machine, across both."""
+    """The plan's questions 2 to 4: across machines with one value, within a machine, across both.
+
+    As in the plan's sketch, another value is compared with that of the machine's first config.
+    """
     baseline, within, across = [], [], []
     first = {each.machine: index for index, each in reversed(list(enumerate(measured.members)))}
     for i, j in combinations(range(len(measured.members)), 2):
@@ -198,7 +206,8 @@ def _questions(
             configs=(ours.id, theirs.id),
             hardware=(ours.configuration.hardware, theirs.configuration.hardware),
             values=(ours.value, theirs.value),
-            distance=float(np.mean(directions)),
+            sides=(SIDES[ours.side], SIDES[theirs.side]),
+            distance=mean(directions),
         )
         if ours.machine == theirs.machine:
             if first[ours.machine] == i:
@@ -207,7 +216,7 @@ def _questions(
             baseline.append(comparison)
         elif first[ours.machine] == i or first[theirs.machine] == j:
             across.append(comparison)
-    noise = float(np.mean([each.distance for each in baseline])) if baseline else None
+    noise = _mean_or_none([each.distance for each in baseline])
     return tuple(baseline), _with_snr(within, noise), _with_snr(across, noise)
 
 
@@ -229,12 +238,16 @@ def _with_snr(comparisons: Sequence[Comparison], noise: float | None) -> tuple[C
     return tuple(found)
 
 
-def _mean(tables: Sequence[Floats]) -> Floats:
+def _mean_table(tables: Sequence[Floats]) -> Floats:
     """The mean over the tables that hold an entry; NaN where none does."""
     stacked = np.array(tables)
     measured = ~np.isnan(stacked)
     sums = np.where(measured, stacked, 0.0).sum(axis=0)
     return np.where(measured.any(axis=0), sums / np.maximum(measured.sum(axis=0), 1), np.nan)
+
+
+def _mean_or_none(values: Sequence[float]) -> float | None:
+    return mean(values) if values else None
 
 
 def _values(table: Floats) -> Table:

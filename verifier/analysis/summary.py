@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from fpforensics.common.errors import Error
 from fpforensics.common.lab.reader import Experiment
 from fpforensics.common.signals import Phase, Signal
 from fpforensics.verifier.analysis.result import Analysis
@@ -16,31 +17,38 @@ from fpforensics.verifier.matrix import Ratio, labels, ratio
 class SummaryRow(msgspec.Struct, frozen=True, kw_only=True):
     """One experiment, phase and signal (pooled over layers). None stands where nothing was measured.
 
-    ``baseline_l2`` is the mean distance between machines that do the same, ``max_signal_l2`` the largest
-    distance that a value of the variable makes within one machine, ``detectability`` Strong, Moderate, Weak or
-    Not Detectable, or empty without a baseline.
+    ``baseline_l2`` is the mean distance between machines that do the same, ``max_signal_l2`` the largest distance
+    from the first config of a machine to another one on it (the plan's sketch looks at no other pairs),
+    ``detectability`` Strong, Moderate, Weak or Not Detectable, or empty without a baseline. Of a file that could not
+    be analyzed there is one row, with nothing but ``file`` and ``error``.
     """
 
-    experiment: str
-    variable: str
-    phase: Phase
-    signal: Signal
-    baseline_l2: float | None
-    max_signal_l2: float | None
-    snr: float | None
-    snr_infinite: bool
-    detectability: str
+    file: str
+    hardware: tuple[str, ...] = ()
+    experiment: str = ""
+    variable: str = ""
+    phase: Phase | None = None
+    signal: Signal | None = None
+    baseline_l2: float | None = None
+    max_signal_l2: float | None = None
+    snr: float | None = None
+    snr_infinite: bool = False
+    detectability: str = ""
+    error: str = ""
 
 
-def summarize(experiment: Experiment, analysis: Analysis) -> Iterator[SummaryRow]:
-    """A row for each phase and signal that was measured."""
+def summarize(experiment: Experiment, analysis: Analysis, file: str = "") -> Iterator[SummaryRow]:
+    """A row for each phase and signal that was measured; ``file`` is the experiment's path, by default its name."""
     for phase, signals in analysis.items():
         for signal, cell in signals.items():
+            sides = (cell.about.claimed, cell.about.observed)
             baseline = [each.distance for each in cell.cross_hardware_baseline]
             noise = float(np.mean(baseline)) if baseline else None
             largest = max((each.distance for each in cell.within_hardware), default=None)
             snr = ratio(largest, noise) if noise is not None and largest is not None else Ratio()
             yield SummaryRow(
+                file=file or experiment.name,
+                hardware=tuple(dict.fromkeys(name for side in sides if side for name in side.hardware)),
                 experiment=experiment.metadata["experiment_type"],
                 variable=experiment.metadata["variable_tested"],
                 phase=phase,
@@ -51,3 +59,8 @@ def summarize(experiment: Experiment, analysis: Analysis) -> Iterator[SummaryRow
                 snr_infinite=snr.infinite,
                 detectability=labels(snr)[1],
             )
+
+
+def failed(file: str, error: Error) -> SummaryRow:
+    """The row of a file that could not be analyzed."""
+    return SummaryRow(file=file, error=error.diagnostics())

@@ -9,6 +9,7 @@ from typing import Literal
 import click
 
 from fpforensics.common.cli import Report, progress_bar, quiet_option, require_outputs
+from fpforensics.common.errors import shorten
 
 Canonical = Literal["claimed", "first"]
 
@@ -37,6 +38,9 @@ def analyze(
     Is each config reproducible? How far apart are two machines that do the same? Is each value of the variable seen within
     one machine, and across machines? A measurement on the published scale, not a verdict.
 
+    --json prints one object keyed by phase, then signal, and by nothing else; what was compared, and how, stands in each
+    signal as "about". With --summary, a file that cannot be analyzed is a row with its error, and the exit code is 4.
+
     \b
     verifier analyze tensor_parallel_H100.json --canonical first
     verifier analyze tensor_parallel_A100.json --observed tensor_parallel_H100.json --html report.html
@@ -51,10 +55,12 @@ def analyze(
         raise UsageError(f"{len(files)} experiments", "give one, one and --observed, or --summary")
     with progress_bar(quiet) as report:
         if summary:
-            text = _summarize(files, canonical, top, as_json, report)
+            text, code = _summarize(files, canonical, top, as_json, report)
         else:
-            text = _analyze(files[0], observed, canonical, top, as_json, html, report)
+            text, code = _analyze(files[0], observed, canonical, top, as_json, html, report), 0
     click.echo(text, nl=False)
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 def _analyze(
@@ -62,34 +68,47 @@ def _analyze(
 ) -> str:
     from fpforensics.common.lab.reader import open_experiment
     from fpforensics.verifier.analysis import analyze as measure
+    from fpforensics.verifier.report.analysis_view import Study
 
     with ExitStack() as files:
         claimed = files.enter_context(open_experiment(path))
         other = files.enter_context(open_experiment(observed)) if observed else None
-        found = measure(claimed, other, canonical=canonical, top=top, report=report)
+        study = Study(measure(claimed, other, canonical=canonical, top=top, report=report), claimed, other)
+        for each in study.warnings:
+            click.echo(f"warning: {each}", err=True)
         if html is not None:
             from fpforensics.verifier.report import analysis_html
 
-            html.write_text(analysis_html.render(found, claimed, other, canonical, top), encoding="utf-8")
+            html.write_text(analysis_html.render(study), encoding="utf-8")
         if as_json:
-            return _json(found)
+            return _json(study.analysis)
         from fpforensics.verifier.report import analysis_text
 
-        return analysis_text.render(found, claimed, other, canonical, top)
+        return analysis_text.render(study)
 
 
-def _summarize(files: tuple[Path, ...], canonical: Canonical, top: int, as_json: bool, report: Report) -> str:
+def _summarize(
+    files: tuple[Path, ...], canonical: Canonical, top: int, as_json: bool, report: Report
+) -> tuple[str, int]:
+    """The table and the exit code: that of the worst file. A file that cannot be analyzed is a row too."""
+    from fpforensics.common.errors import Error
     from fpforensics.common.lab.reader import open_experiment
     from fpforensics.verifier.analysis import analyze as measure
-    from fpforensics.verifier.analysis.summary import SummaryRow, summarize
+    from fpforensics.verifier.analysis.summary import SummaryRow, failed, summarize
     from fpforensics.verifier.report.analysis_text import render_summary
 
     rows: list[SummaryRow] = []
+    code = 0
     for done, path in enumerate(files):
         report(f"analyzing {path.name}", done, len(files))
-        with open_experiment(path) as experiment:
-            rows += summarize(experiment, measure(experiment, canonical=canonical, top=top))
-    return _json(rows) if as_json else render_summary(rows)
+        try:
+            with open_experiment(path) as experiment:
+                rows += summarize(experiment, measure(experiment, canonical=canonical, top=top), str(path))
+        except Error as error:
+            rows.append(failed(str(path), error))
+            click.echo(f"error: {shorten(str(path), 200)}: {error.diagnostics()}", err=True)
+            code = max(code, error.exit_code)
+    return _json(rows) if as_json else render_summary(rows), code
 
 
 def _json(value: object) -> str:

@@ -37,7 +37,7 @@ def compare(a: Path, b: Path, keys: tuple[Path, ...], row_a: str, row_b: str, as
 
     from fpforensics.common.keys import Keyring
     from fpforensics.verifier.compare.bundles import compare_pair
-    from fpforensics.verifier.compare.pairing import choose_side, pair_rows
+    from fpforensics.verifier.compare.pairing import choose_side, pair_rows, require_logits
     from fpforensics.verifier.intake import open_bundle
     from fpforensics.verifier.report import compare_text
 
@@ -47,6 +47,8 @@ def compare(a: Path, b: Path, keys: tuple[Path, ...], row_a: str, row_b: str, as
         for path in (a, b):
             with _named(path):
                 bundles.append(stack.enter_context(open_bundle(path, keyring)))
+        for name, bundle in zip("AB", bundles, strict=True):
+            require_logits(name, bundle)
         pair = pair_rows(choose_side("A", bundles[0], row_a), choose_side("B", bundles[1], row_b))
         report = stack.enter_context(progress_bar(quiet))
         for side in (pair.a, pair.b):

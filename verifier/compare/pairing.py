@@ -6,6 +6,7 @@ different tokens from there on. Those are left out, and the pair says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from fpforensics.common.manifest import phase_tensors
 from fpforensics.common.signals import PHASES, Array, Forcing, Phase
 from fpforensics.verifier.compare.result import DecodeSkipped
 from fpforensics.verifier.intake import VerifiedBundle
+
+_CAPTURE = "capture them: prover run --full-logits"
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,22 @@ class Pair:
         return [part for reference in self.references for part in reference.parts]
 
 
+def require_logits(name: str, bundle: VerifiedBundle) -> None:
+    """Raise :class:`UsageError` where no row holds full logits: before anybody is asked which row is meant."""
+    entries = (entry for row in bundle.evidence.rows for entry in row.traces)
+    if not any("logits" in phase_tensors(entry, phase) for entry in entries for phase in PHASES):
+        raise UsageError(f"{name} ({shorten(bundle.path.name)}) holds no full logits", _CAPTURE)
+
+
 def choose_side(name: str, bundle: VerifiedBundle, row_id: str = "") -> Side:
     """The row ``row_id`` of ``bundle``, or its only one. Raises :class:`UsageError` that lists the rows."""
     rows = {row.config_id: row for row in bundle.evidence.rows}
     option = f"--row-{name.lower()}"
     if row_id:
         if row_id not in rows:
-            raise UsageError(f"{option}: no row {shorten(row_id)!r} in {name}", did_you_mean(row_id, rows))
+            raise UsageError(
+                f"{option}: no row {shorten(row_id)!r} in {name} ({shorten(bundle.path.name)})", _meant(row_id, rows)
+            )
         return Side(name, bundle, rows[row_id])
     if len(rows) > 1:
         listed = ", ".join(shorten(each) for each in list(rows)[:16]) + (" …" if len(rows) > 16 else "")
@@ -84,6 +96,12 @@ def choose_side(name: str, bundle: VerifiedBundle, row_id: str = "") -> Side:
             f"{name} ({shorten(bundle.path.name)}) has {len(rows)} rows: {listed}", f"choose one with {option}"
         )
     return Side(name, bundle, next(iter(rows.values())))
+
+
+def _meant(row_id: str, rows: Iterable[str]) -> str:
+    """A hint at the rows that say what was asked for and more, as a default config's id does; else at the nearest one."""
+    holding = [repr(shorten(name, 120)) for name in rows if set(row_id.split(",")) <= set(name.split(","))]
+    return f"did you mean {' or '.join(holding[:3])}?" if holding else shorten(did_you_mean(row_id, rows), 300)
 
 
 def pair_rows(a: Side, b: Side) -> Pair:
@@ -171,9 +189,7 @@ def _skipped(ours: Forcing, theirs: Forcing, limit: int, prompt: int) -> DecodeS
 def _logits(side: Side, reference_id: str, phase: Phase) -> Tensor:
     tensor = phase_tensors(side.entry(reference_id), phase).get("logits")
     if tensor is None:
-        raise UsageError(
-            f"{side} holds no full logits ({shorten(reference_id)}, {phase})", "capture them: prover run --full-logits"
-        )
+        raise UsageError(f"{side} holds no full logits ({shorten(reference_id)}, {phase})", _CAPTURE)
     return tensor
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from fpforensics.common.lab.reader import Experiment
-from fpforensics.verifier.analysis import Analysis, Canonical, CellAnalysis
+from functools import partial
+
+from fpforensics.verifier.analysis import CellAnalysis
 from fpforensics.verifier.analysis.environment import mismatches
 from fpforensics.verifier.matrix import Ratio, Table, labels
-from fpforensics.verifier.report import analysis_view
+from fpforensics.verifier.report import analysis_words as words
+from fpforensics.verifier.report.analysis_view import Study
 from fpforensics.verifier.report.pages import Heat, heat_rows, render_page
 
 
-def render(analysis: Analysis, claimed: Experiment, observed: Experiment | None, canonical: Canonical, top: int) -> str:
-    """The page of one experiment, or of one against another; ``canonical`` and ``top`` say how it was analyzed.
+def render(study: Study) -> str:
+    """The page of one experiment, or of one against another.
 
     Raises :class:`MissingDependencyError` where jinja2 is not installed.
     """
-    study = analysis_view.Study(analysis, claimed, observed, canonical, top)
 
     def heat(cell: CellAnalysis, values: Table) -> list[tuple[str, list[Heat]]]:
         return heat_rows(cell.configs, cell.observed_configs, values, study.is_own)
@@ -26,12 +27,12 @@ def render(analysis: Analysis, claimed: Experiment, observed: Experiment | None,
         heat=heat,
         label_of=label_of,
         mismatches=mismatches(study.environment),
-        by_hardware=analysis_view.by_hardware,
-        classes=analysis_view.classes,
-        diverged=analysis_view.diverged,
-        figure=analysis_view.figure,
-        setting=analysis_view.setting,
-        values_of=analysis_view.values_of,
+        by_hardware=partial(words.by_hardware, two=study.two),
+        diverged=partial(words.diverged, two=study.two),
+        classes=words.classes,
+        figure=words.figure,
+        setting=words.setting,
+        values_of=words.values_of,
     )
 
 

@@ -4,39 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fpforensics.common.lab.reader import Experiment
 from fpforensics.common.signals import Phase
-from fpforensics.verifier.analysis import Analysis, Canonical
 from fpforensics.verifier.analysis.environment import mismatches
 from fpforensics.verifier.analysis.result import Comparison
 from fpforensics.verifier.analysis.summary import SummaryRow
-from fpforensics.verifier.report import SIGNAL_TITLES, fixed, labelled, snr, tables
-from fpforensics.verifier.report.analysis_view import (
-    Study,
+from fpforensics.verifier.report import SIGNAL_TITLES, clean, fixed, labelled, snr, tables
+from fpforensics.verifier.report.analysis_view import Study
+from fpforensics.verifier.report.analysis_words import (
     by_hardware,
     classes,
     diverged,
     figure,
     name_of,
     setting,
+    summary_terms,
     values_of,
 )
 
-# More diverged pairs than anybody reads; the JSON has them all.
-_MOST_DIVERGED = 64
+# More of what was not compared than anybody reads; the JSON has it all.
+_MOST_LEFT_OUT = 64
+_LONGEST_HARDWARE = 40
+_LONGEST_ERROR = 100
 
 
-def render(analysis: Analysis, claimed: Experiment, observed: Experiment | None, canonical: Canonical, top: int) -> str:
-    """The whole report of one experiment, or of one against another; every line has been cleaned.
-
-    ``canonical`` and ``top`` say how the analysis was made.
-    """
-    return tables.finish(_report(Study(analysis, claimed, observed, canonical, top)))
+def render(study: Study) -> str:
+    """The whole report of one experiment, or of one against another; every line has been cleaned."""
+    return tables.finish(_report(study))
 
 
 def render_summary(rows: Iterable[SummaryRow]) -> str:
-    """The plan's summary table: one row for each experiment, phase and signal."""
-    return tables.finish(_summary(rows))
+    """The plan's summary table: a row for each file, phase and signal, or for a file and why it was not analyzed."""
+    return tables.finish(_summary(rows, files=True))
 
 
 def _report(study: Study) -> Iterator[str]:
@@ -47,6 +45,7 @@ def _report(study: Study) -> Iterator[str]:
         hardware = ", ".join(side.hardware)
         yield f"{side.role + ':':<11} {side.name}, {len(side.source.configurations)} configs on {hardware}"
     yield f"Mode:       {study.mode}"
+    yield from (f"⚠ {each}" for each in study.warnings)
     if study.ids_compared:
         yield f"Compared:   {study.ids_compared}"
     for side in study.sides:
@@ -60,7 +59,7 @@ def _report(study: Study) -> Iterator[str]:
     yield from tables.phases_compared(
         (phase, signal, cell) for phase, signals in study.analysis.items() for signal, cell in signals.items()
     )
-    yield from _summary(study.summary)
+    yield from _summary(study.summary, files=False)
 
 
 def _environment(study: Study) -> Iterator[str]:
@@ -100,18 +99,20 @@ def _phase(study: Study, phase: Phase) -> Iterator[str]:
     yield from _layers(study, phase)
     yield from tables.heading(f"PAIRWISE SNR ANALYSIS ({phase.upper()})")
     yield from ("", "For each pair (A, B): signal = mean of A→B and B→A, noise = mean of A→A and B→B")
+    if study.two:
+        yield f"A and B are values of {study.variable}; A→B is from the claimed config with A to the observed one with B"
     for signal, cell in cells.items():
-        yield from tables.pairs(signal, phase, study.named_pairs(cell))
+        named = [(" vs ".join(names), pair, same_class) for names, pair, same_class in study.named_pairs(cell)]
+        yield from tables.pairs(signal, phase, named, what=study.paired)
 
 
 def _not_compared(study: Study, phase: Phase) -> Iterator[str]:
-    uncompared, apart = list(study.uncompared(phase)), study.diverged(phase)
-    if uncompared or apart:
+    found = [*study.not_compared(phase), *(diverged(each, study.two) for each in study.diverged(phase))]
+    if found:
         yield from ("", "Not compared:")
-    yield from (f"  {said}" for said in uncompared)
-    yield from (f"  {diverged(each)}" for each in apart[:_MOST_DIVERGED])
-    if len(apart) > _MOST_DIVERGED:
-        yield f"  … and {len(apart) - _MOST_DIVERGED} more diverged pairs: --json has them all"
+    yield from (f"  {said}" for said in found[:_MOST_LEFT_OUT])
+    if len(found) > _MOST_LEFT_OUT:
+        yield f"  … and {len(found) - _MOST_LEFT_OUT} more: --json has them all"
 
 
 def _layers(study: Study, phase: Phase) -> Iterator[str]:
@@ -122,10 +123,10 @@ def _layers(study: Study, phase: Phase) -> Iterator[str]:
             for layer, single in cell.per_layer.items()
         ]
     )
-    found = [(layer, row) for layer, row in study.layer_summary(phase) if row.baseline_l2 is not None]
+    found = [each for each in study.layer_summary(phase) if each[2].baseline_l2 is not None]
     if found:
         heads = ("Signal", "Layer", "Baseline L2", "Max Signal L2", "SNR", "Detection")
-        lines = [(SIGNAL_TITLES[row.signal], layer.removeprefix("layer_"), *_figures(row)) for layer, row in found]
+        lines = [(SIGNAL_TITLES[name], layer.removeprefix("layer_"), *_figures(row)) for name, layer, row in found]
         yield ""
         yield from tables.columns([heads, *lines], "<>>>><")
 
@@ -140,14 +141,14 @@ def _questions(study: Study, phase: Phase) -> Iterator[str]:
             comparisons = question.comparisons(cell)
             missing = "" if comparisons else f" — not measured, needs {question.unanswered}"
             yield from ("", f"{SIGNAL_TITLES[signal]}:{missing}")
-            yield from _answer(comparisons)
+            yield from _answer(comparisons, study.two)
 
 
-def _answer(comparisons: tuple[Comparison, ...]) -> Iterator[str]:
+def _answer(comparisons: tuple[Comparison, ...], two: bool) -> Iterator[str]:
     named = {each: " vs ".join(map(name_of, each.configs)) for each in comparisons}
     side = max(map(len, named.values()), default=0)
     values = max((len(values_of(each)) for each in comparisons), default=0)
-    for hardware, group in by_hardware(comparisons):
+    for hardware, group in by_hardware(comparisons, two):
         yield f"  {hardware}"
         for each in group:
             label = labelled(each.snr, each.snr_infinite)
@@ -155,14 +156,22 @@ def _answer(comparisons: tuple[Comparison, ...]) -> Iterator[str]:
             yield f"    {named[each]:<{side}}  {values_of(each):<{values}}{fixed(each.distance, 6):>12}{ratio}"
 
 
-def _summary(rows: Iterable[SummaryRow]) -> Iterator[str]:
+def _summary(rows: Iterable[SummaryRow], files: bool) -> Iterator[str]:
     yield from tables.heading("DETECTABILITY SUMMARY")
     heads = ("Experiment", "Variable", "Phase", "Signal", "Baseline L2", "Max Signal L2", "SNR", "Detection")
-    lines = [
-        (name_of(row.experiment), name_of(row.variable), row.phase, SIGNAL_TITLES[row.signal], *_figures(row))
-        for row in rows
-    ]
-    yield from tables.columns([heads, *lines], "<<<<>>><")
+    lines = [(*_source(row)[: 2 * files], *_measured(row)) for row in rows]
+    yield from tables.columns([(*("File", "Hardware")[: 2 * files], *heads), *lines], "<<" * files + "<<<<>>><")
+    yield from ("", *summary_terms())
+
+
+def _source(row: SummaryRow) -> tuple[str, str]:
+    return name_of(row.file), clean(", ".join(row.hardware), _LONGEST_HARDWARE)
+
+
+def _measured(row: SummaryRow) -> tuple[str, ...]:
+    if row.phase is None or row.signal is None:
+        return ("—",) * 7 + (f"error: {clean(row.error, _LONGEST_ERROR)}",)
+    return (name_of(row.experiment), name_of(row.variable), row.phase, SIGNAL_TITLES[row.signal], *_figures(row))
 
 
 def _figures(row: SummaryRow) -> tuple[str, str, str, str]:

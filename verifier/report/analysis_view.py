@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
 from fpforensics.common.lab.reader import Experiment
-from fpforensics.common.lab.run import Configuration
 from fpforensics.common.signals import Phase, Signal
-from fpforensics.verifier.analysis import Analysis, Canonical, CellAnalysis
+from fpforensics.verifier.analysis import Analysis, CellAnalysis
 from fpforensics.verifier.analysis.environment import FieldComparison, Kind, compare_configurations
 from fpforensics.verifier.analysis.measure import Member
-from fpforensics.verifier.analysis.result import Comparison, Diverged, PairAnalysis
+from fpforensics.verifier.analysis.result import SIDES, Comparison, Diverged, PairAnalysis
 from fpforensics.verifier.analysis.summary import SummaryRow, summarize
-from fpforensics.verifier.report import SIGNAL_TITLES, clean, fixed
+from fpforensics.verifier.report import SIGNAL_TITLES
+from fpforensics.verifier.report.analysis_words import in_signals, left_out, name_of, summary_terms, value_of
 
-_LONGEST_NAME = 80
 _KINDS: tuple[tuple[Kind, str], ...] = (
     ("experiment", "Experiment"),
     ("software", "Critical dependencies"),
@@ -58,13 +56,44 @@ class Question:
 
 @dataclass(frozen=True)
 class Study:
-    """What a report of an analysis shows. Names are cleaned and cut here."""
+    """What a report of an analysis shows, beside the experiments that it is of."""
 
     analysis: Analysis
     claimed: Experiment
     observed: Experiment | None
-    canonical: Canonical
-    top: int
+
+    @property
+    def two(self) -> bool:
+        """Whether there are two files: then ids alone do not say which one a config is of."""
+        return self.observed is not None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes a comparison of two files doubtful: it is allowed, as a control, but hardly ever meant."""
+        if self.observed is None:
+            return ()
+        if self.claimed.same_contents(self.observed):
+            names = " and ".join(dict.fromkeys(side.name for side in self.sides))
+            return (f"{names}: the same contents as claimed and as observed, which says nothing about other hardware",)
+        nearest = [
+            min(own)
+            for signals in self.analysis.values()
+            for cell in signals.values()
+            for row, line in zip(cell.configs, cell.matrix, strict=True)
+            if (own := self._own_distances(row, cell.observed_configs, line))
+        ]
+        if nearest and not any(nearest):
+            return (
+                f"each claimed config is bit-identical to an observed one with its {self.variable}: "
+                "is one file a copy of the other?",
+            )
+        return ()
+
+    def _own_distances(self, row: str, columns: Sequence[str], line: Sequence[float | None]) -> list[float]:
+        """Those that were measured on the diagonal."""
+        return [
+            value for column, value in zip(columns, line, strict=True) if value is not None and self.is_own(row, column)
+        ]
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -115,8 +144,9 @@ class Study:
         """Which log-probabilities are compared, or nothing where none were measured."""
         if not any("logprobs" in signals for signals in self.analysis.values()):
             return ""
-        listed = "the first config" if self.canonical == "first" else "each claimed config"
-        return f"log-probabilities of the first {self.top} ids that {listed} lists (canonical: {self.canonical})"
+        about = next(cell.about for signals in self.analysis.values() for cell in signals.values())
+        listed = "the first config" if about.canonical == "first" else "each claimed config"
+        return f"log-probabilities of the first {about.top} ids that {listed} lists (canonical: {about.canonical})"
 
     @cached_property
     def environment(self) -> tuple[FieldComparison, ...]:
@@ -147,14 +177,24 @@ class Study:
             return row == column
         return self._values[0].get(row) == self._values[1].get(column)
 
-    def named_pairs(self, cell: CellAnalysis) -> list[tuple[str, PairAnalysis, bool]]:
-        """Each pair's name, itself, and whether both are of one kernel class."""
-        classes = [set(map(self._key, members)) for members in cell.kernel_classes]
+    @property
+    def paired(self) -> str:
+        """What pairs are of: configs of one file, or values of the variable, each of them a config in both files."""
+        return f"Pair of {self.variable}" if self.two else "Pair"
+
+    def named_pairs(self, cell: CellAnalysis) -> list[tuple[tuple[str, str], PairAnalysis, bool]]:
+        """Each pair's names, itself, and whether both are of one kernel class."""
+        classes = [
+            {self._values[SIDES.index(side)][config] if self.two else config for config in members}
+            for members, sides in zip(cell.kernel_classes, cell.kernel_class_sides, strict=True)
+            for side in sides
+        ]
         found = []
         for each in cell.pairwise:
-            keys = {self._key(config) for config in each.pair}
-            same_class = any(keys <= members for members in classes)
-            found.append((" vs ".join(map(name_of, each.pair)), each, same_class))
+            keys = each.values if self.two else each.pair
+            same_class = any(members.issuperset(keys) for members in classes)
+            one, other = map(value_of if self.two else name_of, keys)
+            found.append(((one, other), each, same_class))
         return found
 
     def reproducible(self, phase: Phase) -> Iterator[tuple[str, str, str]]:
@@ -167,10 +207,11 @@ class Study:
                     found.setdefault(cell.reproducible[config], []).append(signal)
             worst = next(state for state in (False, None, True) if state in found)
             said = [
-                f"{_REPRODUCIBLE[state][1]}{_in_signals(names) if len(found) > 1 else ''}"
+                f"{_REPRODUCIBLE[state][1]}{in_signals(names) if len(found) > 1 else ''}"
                 for state, names in found.items()
             ]
-            yield _REPRODUCIBLE[worst][0], name_of(config), "; ".join(said)
+            holding = " and ".join(side for side, values in zip(SIDES, self._values, strict=False) if config in values)
+            yield _REPRODUCIBLE[worst][0], name_of(config) + f" ({holding})" * self.two, "; ".join(said)
 
     @property
     def questions(self) -> tuple[Question, ...]:
@@ -182,12 +223,12 @@ class Study:
                 lambda cell: cell.cross_hardware_baseline,
             ),
             Question(
-                f"Is another {self.variable} seen within one hardware?",
+                f"Is another {self.variable} seen within one hardware? (against its first config)",
                 f"two values of {self.variable} on one machine",
                 lambda cell: cell.within_hardware,
             ),
             Question(
-                f"Is another {self.variable} seen across hardware?",
+                f"Is another {self.variable} seen across hardware? (against the other one's first config)",
                 f"two values of {self.variable}, each on another machine",
                 lambda cell: cell.across_hardware,
             ),
@@ -197,8 +238,9 @@ class Study:
         """Pairs without a decode distance, whatever the signal."""
         return _distinct(each for cell in self.analysis[phase].values() for each in cell.diverged)
 
-    def uncompared(self, phase: Phase) -> Iterator[str]:
-        """Where log-probabilities were listed, but for other ids."""
+    def not_compared(self, phase: Phase) -> Iterator[str]:
+        """What means leave out, but for diverged pairs: what one side lacks, and log-probabilities of other ids."""
+        yield from left_out(self.analysis[phase])
         for signal, cell in self.analysis[phase].items():
             if cell.uncompared:
                 yield (
@@ -206,15 +248,20 @@ class Study:
                     "for none of the canonical ids was listed on both sides"
                 )
 
+    @property
+    def summary_terms(self) -> tuple[str, str]:
+        """What the summary's figures are."""
+        return summary_terms(self.variable)
+
     @cached_property
     def summary(self) -> tuple[SummaryRow, ...]:
         """The plan's summary of each phase and signal."""
         return tuple(summarize(self.claimed, self.analysis))
 
-    def layer_summary(self, phase: Phase) -> list[tuple[str, SummaryRow]]:
-        """The plan's summary of each single layer, with its name."""
+    def layer_summary(self, phase: Phase) -> list[tuple[Signal, str, SummaryRow]]:
+        """The plan's summary of each signal's single layers, with their names."""
         return [
-            (layer, row)
+            (signal, layer, row)
             for signal, cell in self.analysis[phase].items()
             for layer, single in cell.per_layer.items()
             for row in summarize(self.claimed, {phase: {signal: single}})
@@ -227,61 +274,6 @@ class Study:
             {each.config_id: Member(index, each).value for each in side.source.configurations}
             for index, side in enumerate(self.sides)
         ]
-
-    def _key(self, config: str) -> str:
-        """What pairs and kernel classes are about: the id in one file, the variable's value between two."""
-        if self.observed is None:
-            return config
-        return self._values[0].get(config) or self._values[1][config]
-
-
-def name_of(text: object) -> str:
-    """An id or a value as a table can hold it."""
-    return clean(str(text), _LONGEST_NAME)
-
-
-def setting(configuration: Configuration) -> str:
-    """A config's value of the variable."""
-    return value_of(Member(0, configuration).value)
-
-
-def value_of(value: str) -> str:
-    """A value of the variable, which comes as JSON, for people."""
-    return name_of(json.loads(value) if value.startswith('"') else value)
-
-
-def by_hardware(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[Comparison]]]:
-    """Comparisons of the same hardware together, under its name."""
-    groups: dict[tuple[str, ...], list[Comparison]] = {}
-    for each in comparisons:
-        groups.setdefault(tuple(dict.fromkeys(each.hardware)), []).append(each)
-    for hardware, group in groups.items():
-        yield " vs ".join(map(name_of, hardware)), group
-
-
-def values_of(comparison: Comparison) -> str:
-    """The value that both configs have, or from which to which it changes."""
-    return " → ".join(dict.fromkeys(map(value_of, comparison.values)))
-
-
-def figure(value: float | None) -> str:
-    """A distance in the plan's summary; ``—`` where nothing was measured."""
-    return "—" if value is None else fixed(value)
-
-
-def diverged(each: Diverged) -> str:
-    """Why two runs have no decode distance."""
-    one, other = map(name_of, each.configs)
-    return f"{one} and {other} diverged at step {each.step} on {name_of(each.reference)}: no decode distance"
-
-
-def classes(cell: CellAnalysis) -> str:
-    """The configs that a matrix cannot tell apart."""
-    return "; ".join(" = ".join(map(name_of, members)) for members in cell.kernel_classes) or "none"
-
-
-def _in_signals(signals: Sequence[Signal]) -> str:
-    return f" in {', '.join(SIGNAL_TITLES[each].lower() for each in signals)}"
 
 
 def _distinct(values: Iterable[_Each]) -> tuple[_Each, ...]:

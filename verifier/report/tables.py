@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from fpforensics.common.signals import Phase, Signal
 from fpforensics.verifier.matrix import MatrixReport, PairSnr, Table
-from fpforensics.verifier.report import SIGNAL_TITLES, clean, distance, labelled, snr
+from fpforensics.verifier.report import SIGNAL_TITLES, clean, decided, distance, labelled, snr
 
 if TYPE_CHECKING:
     from fpforensics.verifier.analysis.result import CellAnalysis, PairAnalysis
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _RULE = "=" * 80
 # A matrix wider than this numbers its columns.
 _WIDEST = 110
+_DECISION = 24
 _LONGEST_LINE = 4000
 
 
@@ -127,21 +128,23 @@ def pairs(
     phase: Phase,
     named: Sequence[tuple[str, MeasuredPair, bool]],
     meant: Sequence[str] | None = None,
+    what: str = "Pair",
 ) -> Iterator[str]:
     """``named`` are pairs with their names, most detectable first, and whether both are of one kernel class; ``meant`` says for
-    each what its SNR means, if not the label of its number.
+    each what its SNR means, if not the label of its number; ``what`` says what the names are of.
     """
     if not named:
         return
     yield from subheading(f"PAIRWISE SNR SUMMARY TABLE: {SIGNAL_TITLES[signal].upper()} ({phase.upper()})")
-    side = max(32, *(len(name) for name, _, _ in named))
-    yield f"{'Pair':<{side}}{'Signal':>11}{'Noise':>11}{'SNR':>9}"
-    yield "-" * (side + 31)
+    side = max(32, len(what) + 1, *(len(name) for name, _, _ in named))
+    yield f"{what:<{side}}{'Signal':>11}{'Noise':>11}{'SNR':>9}  {'Decision':<{_DECISION}}"
+    yield "-" * (side + 33 + _DECISION)
     labels = [labelled(pair.snr, pair.snr_infinite) for _, pair, _ in named]
     for (name, pair, same_class), label in zip(named, meant or labels, strict=True):
         ratio = snr(pair.snr, pair.snr_infinite, digits=1)
         said = f"  {label}" * bool(label) + "  one kernel class" * same_class
-        yield f"{name:<{side}}{distance(pair.signal):>11}{distance(pair.noise):>11}{ratio:>9}{said}"
+        numbers = f"{distance(pair.signal):>11}{distance(pair.noise):>11}{ratio:>9}"
+        yield f"{name:<{side}}{numbers}  {decided(pair.decision):<{_DECISION}}{said}".rstrip()
 
 
 def phases_compared(measured: Iterable[tuple[Phase, Signal, Measured]]) -> Iterator[str]:

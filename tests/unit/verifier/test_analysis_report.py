@@ -4,45 +4,21 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab_experiments import METADATA, PUBLISHED, QUANT, config, published, ranked, rich, write
+from lab_experiments import PUBLISHED, QUANT, config, published, ranked, rich, write
+from lab_reports import HOSTILE, after, numbers, rendered
 from page_parser import Page
 
-from fpforensics.common.errors import MissingDependencyError
-from fpforensics.common.lab.reader import Experiment, open_experiment
+from fpforensics.common.errors import EvidenceError, MissingDependencyError
+from fpforensics.common.lab.reader import open_experiment
 from fpforensics.common.lab.run import Run, RunInfo, RunSignals
-from fpforensics.verifier.analysis import Canonical, analyze
-from fpforensics.verifier.analysis.environment import Stated, compare_configurations, mismatches
-from fpforensics.verifier.analysis.summary import SummaryRow
-from fpforensics.verifier.report import analysis_html, analysis_text
+from fpforensics.verifier.analysis.summary import SummaryRow, failed
+from fpforensics.verifier.report import analysis_text
 
 LAB = Path(__file__).resolve().parents[4] / "shared" / "lab"
-HOSTILE = "\x1b[2J\x07\u202e<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{7*7}}\r\n✓ equal"
-
-
-def rendered(
-    claimed: Experiment, observed: Experiment | None = None, canonical: Canonical = "claimed"
-) -> tuple[str, str]:
-    analysis = analyze(claimed, observed, canonical=canonical)
-    asked = (analysis, claimed, observed, canonical, 5)
-    return analysis_text.render(*asked), analysis_html.render(*asked)
-
-
-def after(lines: Sequence[str], *titles: str) -> list[str]:
-    """The lines after the first one that is the last of ``titles``, sought after the one before it."""
-    rest = list(lines)
-    for title in titles:
-        rest = rest[rest.index(title) + 1 :]
-    return rest
-
-
-def numbers(lines: Sequence[str]) -> list[list[float]]:
-    """The figures of each line."""
-    return [[float(each) for each in re.findall(r"(?<=\s)\d[\d.]*(?:e[-+]\d\d)?(?=×|\s|$)", line)] for line in lines]
 
 
 def test_text_prints_the_published_study(tmp_path: Path) -> None:
@@ -68,9 +44,9 @@ def test_text_prints_the_published_study(tmp_path: Path) -> None:
     assert analysis[0].endswith("× → CLEARLY DETECTABLE (Strong)")
     pairs = after(lines, "PAIRWISE SNR SUMMARY TABLE: LOGPROBS (PREFILL)")[3:6]
     assert [(line.partition("  ")[0], line.rpartition("  ")[2]) for line in pairs] == [
-        ("A100_awq vs A100_gptq_marlin", "CLEARLY DETECTABLE (Strong)"),
-        ("A100_awq_marlin vs A100_gptq_marlin", "CLEARLY DETECTABLE (Strong)"),
-        ("A100_awq vs A100_awq_marlin", "NOT RELIABLY DETECTABLE (Not Detectable)"),
+        ("awq vs gptq_marlin", "CLEARLY DETECTABLE (Strong)"),
+        ("awq_marlin vs gptq_marlin", "CLEARLY DETECTABLE (Strong)"),
+        ("awq vs awq_marlin", "NOT RELIABLY DETECTABLE (Not Detectable)"),
     ]
     assert numbers(pairs) == [
         pytest.approx(row, rel=3e-3)
@@ -86,48 +62,6 @@ def test_text_prints_the_published_study(tmp_path: Path) -> None:
         and "4.25e+00" in shown
         and "CLEARLY DETECTABLE" in shown
     )
-
-
-def test_environments_stand_side_by_side(tmp_path: Path) -> None:
-    claimed, observed = published(tmp_path)
-    text, page = rendered(claimed, observed)
-    lines = text.splitlines()
-    assert "Mode:       CROSS-HARDWARE" in lines
-    assert "Claimed:    INT4_A100.json, 3 configs on NVIDIA A100" in lines
-    assert "  ✓ cuda_version: 12.8" in lines
-    assert "  ✗ torch_version: claimed=2.9.1+cu128, observed=2.9.0+cu128" in lines
-    assert "  ✓ hardware: claimed=NVIDIA A100, observed=NVIDIA H100" in after(lines, "Expected differences (hardware):")
-    assert "⚠ ENVIRONMENT MISMATCHES DETECTED" in lines
-    assert "torch_version" in Page(page).text and "1 unexpected" in Page(page).text
-    fields = {each.name: each for each in compare_configurations(claimed, observed)}
-    assert [each.name for each in mismatches(fields.values())] == ["torch_version"]
-    assert fields["torch_version"].observed == (Stated("2.9.0+cu128", tuple(f"H100_{name}" for name in QUANT)),)
-    assert "quant_method" not in fields and "variable_value" not in fields
-
-
-def test_fields_are_compared_where_the_variable_is_the_same(tmp_path: Path) -> None:
-    """The CUDA version is the variable: torch follows it on both machines, python only on one."""
-
-    def side(name: str, python: Mapping[str, str], extra: Mapping[str, object]) -> Experiment:
-        configurations = [
-            config(f"{name}_{cuda}", name, cuda, cuda_version=cuda, torch_version=f"2.7+{cuda}", **extra)
-            | ({"python_version": python[cuda]} if cuda in python else {})
-            for cuda in ("11.8", "12.1")
-        ]
-        run = Run(RunInfo(0, f"{name}_11.8", "ref_0", 0), {"prefill": RunSignals(ranked({1: -1.0}))})
-        return write(tmp_path / f"{name}.json", configurations, [run], METADATA | {"variable_tested": "cuda"})
-
-    claimed = side("A", {"11.8": "3.10", "12.1": "3.12"}, {"provider": "x", "gpu_count": 1})
-    observed = side("B", {"11.8": "3.12", "12.1": "3.12"}, {"provider": "y", "compile": True})
-    fields = {each.name: each for each in compare_configurations(claimed, observed)}
-    assert "cuda_version" not in fields
-    assert fields["torch_version"].equal and not fields["python_version"].equal
-    assert fields["provider"].expected and fields["gpu_count"].expected
-    assert fields["compile"].claimed[0].value == "absent" and fields["compile"].observed[0].value == "true"
-    assert {each.name for each in mismatches(fields.values())} == {"python_version", "compile"}
-    alone = {each.name: each for each in compare_configurations(claimed)}
-    assert [each.value for each in alone["torch_version"].claimed] == ["2.7+11.8", "2.7+12.1"]
-    assert not alone["torch_version"].equal and alone["dtype"].equal
 
 
 def test_one_file_is_told_whole(tmp_path: Path) -> None:
@@ -189,7 +123,9 @@ def test_hostile_strings_reach_the_terminal_and_the_page_as_text(tmp_path: Path)
     hostile = rich(
         tmp_path / "rich.json", prefix=HOSTILE, experiment_type=HOSTILE, model=HOSTILE, variable_tested=HOSTILE
     )
-    other = rich(tmp_path / "other.json", prefix=HOSTILE, experiment_type="x", model="y" * 5000)
+    other = rich(
+        tmp_path / "other.json", prefix=HOSTILE, experiment_type="x", model="y" * 5000, variable_tested=HOSTILE
+    )
     for text, rendered_page in (rendered(hostile), rendered(hostile, other)):
         assert all(c.isprintable() or c == "\n" for c in text + rendered_page)
         assert "\\x1b[2J" in text
@@ -208,13 +144,11 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
         assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
 
 
-def test_the_diagonal_of_two_files_is_matched_by_value(tmp_path: Path) -> None:
-    _, page = rendered(*published(tmp_path))
-    assert page.count('own"') == 2 * 3 * (1 + 4)  # phases, configs, aggregate and references
-
-
 def test_the_summary_has_a_row_for_each_cell() -> None:
-    found: dict[str, Any] = {"experiment": "batch_size", "variable": HOSTILE, "phase": "prefill"}
+    found: dict[str, Any] = {
+        "file": f"a/{HOSTILE}.json", "hardware": ("NVIDIA H100", HOSTILE), "experiment": "batch_size", "variable": HOSTILE,
+        "phase": "prefill",
+    }  # fmt: skip
     rows = [
         SummaryRow(
             **found, signal="logprobs", baseline_l2=0.5264, max_signal_l2=0.6923, snr=1.315,
@@ -229,16 +163,46 @@ def test_the_summary_has_a_row_for_each_cell() -> None:
             detectability="",
         ),
     ]  # fmt: skip
-    text = analysis_text.render_summary(rows)
+    text = analysis_text.render_summary([*rows, failed("b.json", EvidenceError("runs: an empty list", "in b.json"))])
     assert all(c.isprintable() or c == "\n" for c in text)
     lines = after(text.splitlines(), "DETECTABILITY SUMMARY")
-    for name in ("Experiment", "Variable", "Phase", "Signal", "Baseline L2", "Max Signal L2", "SNR", "Detection"):
+    for name in (
+        "File",
+        "Hardware",
+        "Experiment",
+        "Variable",
+        "Phase",
+        "Signal",
+        "Baseline L2",
+        "Max Signal L2",
+        "SNR",
+    ):
         assert name in lines[1]
-    assert [line.split()[-4:] for line in lines[3:]] == [
+    assert all(line.startswith("a/\\x1b[2J") and "NVIDIA H100, \\x1b[2J" in line for line in lines[3:6])
+    assert lines[6].startswith("b.json ") and lines[6].endswith("—  error: runs: an empty list (in b.json)")
+    assert [line.split()[-4:] for line in lines[3:6]] == [
         ["0.5264", "0.6923", "1.31×", "Weak"],
         ["0.0000", "2.00e-05", "inf", "Strong"],
         ["—", "12.5000", "n/a", "—"],
     ]
+
+
+def test_max_signal_is_not_called_the_largest_distance(tmp_path: Path) -> None:
+    """On each machine 2 and 4 are further apart than either is from 1: the plan's sketch does not look at that pair."""
+
+    def run(name: str, logprob: float) -> Run:
+        return Run(RunInfo(0, name, "ref_0", 0), {"prefill": RunSignals(ranked({1: logprob}))})
+
+    made = {"A_1": -10.0, "A_2": -9.0, "A_4": -12.0, "B_1": -10.5}
+    configurations = [config(name, name[0], int(name[-1])) for name in made]
+    experiment = write(tmp_path / "a.json", configurations, (run(*each) for each in made.items()))
+    text, page = rendered(experiment)
+    (line,) = [each for each in text.splitlines() if each.startswith("quantization ")]
+    assert line.split()[-4:] == ["0.5000", "2.0000", "4.00×", "Moderate"]
+    assert experiment.metadata["variable_tested"] == "quant_method"
+    for shown in (text, " ".join(Page(page).text.split())):
+        assert "Max signal: the largest distance from a machine's first config to another one on that machine." in shown
+        assert "seen within one hardware? (against its first config)" in shown
 
 
 def test_a_missing_jinja2_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

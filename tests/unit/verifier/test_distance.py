@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,34 @@ def test_mean_l2_is_the_mean_of_rows_l2(traces: int) -> None:
 def test_equal_traces_are_exactly_zero_apart() -> None:
     rows = np.random.default_rng(0).normal(size=(3, 3584)) * 1e3
     assert mean_l2([rows, rows.copy()]).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("apart", [1e-12, 1e-6, 1e-3, 0.1, 0.5, 1.0])
+def test_traces_much_nearer_to_each_other_than_to_the_first(apart: float) -> None:
+    """Where |a|² + |b|² - 2ab would cancel, in some positions or in all, and down to nothing."""
+    rng = np.random.default_rng(0)
+    first, near = rng.normal(size=(5, 301)), 9 + rng.normal(size=(5, 301))
+    others = [near, near + apart * rng.normal(size=near.shape), near.copy()]
+    others[1][2] = near[2] + rng.normal(size=301)
+    means = mean_l2([first, *others])
+    for i, ours in enumerate([first, *others]):
+        for j, theirs in enumerate([first, *others]):
+            plain = [
+                math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(*rows, strict=True)))
+                for rows in zip(ours, theirs, strict=True)
+            ]
+            assert means[i, j] == pytest.approx(math.fsum(plain) / 5, rel=1e-13)
+    assert means[1, 3] == 0.0
+
+
+def test_a_distance_beyond_float64_is_infinite_and_no_nan() -> None:
+    huge = [np.full((2, 3), value) for value in (-1e200, 0.0, 1e200, 1e200)]
+    assert mean_l2(huge).tolist() == [
+        [0, math.inf, math.inf, math.inf],
+        [math.inf, 0, math.inf, math.inf],
+        [math.inf, math.inf, 0, 0],
+        [math.inf, math.inf, 0, 0],
+    ]
 
 
 def test_one_changed_value_among_traces_is_a_distance_from_all_others() -> None:

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fpforensics.common.lab.document import MAX_TOKEN_BYTES
 from fpforensics.common.lab.reader import MAX_UNTYPED_BYTES, open_experiment
 from fpforensics.common.lab.run import Layered, Run, RunInfo, RunSignals, Vectors
+from fpforensics.common.lab.text import MAX_NAMES
 from fpforensics.common.lab.writer import RunDetails, write_experiment
 
 MEGABYTE = 1 << 20
@@ -28,10 +30,25 @@ METADATA = {"experiment_type": "made_up", "variable_tested": "value"}
 HEAD = '{"experiment_metadata":' + json.dumps(METADATA) + ',"configurations":'
 CONFIGURATIONS = [{"config_id": "a", "hardware": "H100", "variable_value": 1}]
 
+TOO_MANY = f"the document: more than {MAX_NAMES} names"
+
 # name: (beginning, what is repeated, end, what the error begins with)
 BOMBS = {
     "lists": ("", "[", "", "the document: Expected object"),
-    "objects": ("", '{"a":', "", "the document: it nests too deeply"),
+    "objects": ("", '{"a":', "", TOO_MANY),
+    "steps": ('{"runs":[{"config_id":"a","rep_id":0,"decode_steps":[', '{"step":0},', "", TOO_MANY),
+    "positions": (
+        '{"runs":[{"config_id":"a","rep_id":0,"prefill":{"hidden_states":{"layer_1":{',
+        '"p":0,',
+        "",
+        TOO_MANY,
+    ),
+    "tokens": (
+        HEAD + json.dumps(CONFIGURATIONS) + ',"runs":[{"config_id":"a","rep_id":0,"decode_steps":[],"token_ids":[',
+        "1000,",
+        "1]}]}",
+        f"runs: more than {MAX_TOKEN_BYTES} bytes of token_ids",
+    ),
     "lists in runs": ('{"runs":', "[", "", "runs[0]: Expected object"),
     "lists in a vector": (
         '{"runs":[{"config_id":"a","rep_id":0,"decode_steps":[],"prefill":{"hidden_states":{"layer_1":{"pos_-1":',
@@ -161,9 +178,10 @@ def test_a_bomb_of_a_gigabyte(tmp_path: Path, name: str) -> None:
 
 def test_the_limit_on_memory_is_one(tmp_path: Path) -> None:
     """The control: what needs more than the child may spend is refused for it, in one line."""
-    path = fill(tmp_path / "a.json", ('{"runs":[{"token_ids":[', "1000,", "1]}]}", ""), 64 * MEGABYTE)
+    parts = BOMBS["tokens"]
+    path = fill(tmp_path / "a.json", parts, MAX_TOKEN_BYTES - 4 * MEGABYTE)
     line, _ = open_in_a_child(path)
-    assert line.startswith("the document: too much for this machine's memory")
+    assert line.startswith("runs: too much for this machine's memory")
 
 
 def honest(path: Path, runs: int, width: int) -> Path:
