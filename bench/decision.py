@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from fpforensics.verifier.lanes import ALPHA, test_member
+from fpforensics.verifier.pooling import HonestPrompt, make_pool, windows
 from fpforensics.verifier.profile import FORMAT, Pool, Profile
 from fpforensics.verifier.score import EARLY, Scores, scores_of, worth_in_positions
 
@@ -36,8 +37,9 @@ OWN = {"attn=sdpa_flash": SDPA, "attn=sdpa_math": SDPA, "attn=sdpa_cudnn": SDPA,
 TWINS = ("attn=sdpa_cudnn", "batch=2", "batch=4")
 PROFILED = ("dtype=fp16", "quant=torchao-int8", "attn=sdpa_flash", "attn=sdpa_math", *KERNELS)
 POSITIONS = (1, 3, 16, 64)
-WINDOWS = 8
 PREFILL = 64
+MODEL = "smollm2-135m"
+WEIGHTS = "sha256:a2d61b15b0c52eca4c3b5264cda8173319788c03189d63c8d2898317d6e562d7"
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,22 @@ class Direction:
     def own(self, row: str) -> str:
         return row if row in self.members else OWN.get(row, "")
 
-    def tables(self, row: str, window: slice) -> Tables:
-        """Sums over a window of positions, (members, references, early cells)."""
-        i, width = self.rows.index(row), window.stop - window.start
+    def by_position(self, row: str) -> Tables:
+        """(members, references, early cells, positions)."""
+        i = self.rows.index(row)
         columns = [self.cells.index(f"{key.signal}/{key.layer}") for key in EARLY]
         names = [member for member in self.members if member != ANCHOR]
         members = [self.members.index(name) for name in names]
-        evidence = self.evidence[i][:, :, columns, window].sum(-1)
-        noise = self.noise[i][members][:, :, columns, window].sum(-1)
+        evidence, noise = self.evidence[i][:, :, columns], self.noise[i][members][:, :, columns]
         other_weights = [name.startswith(("quant", "model", "wrong")) for name in names]
         noise[other_weights] = np.nan
-        return Tables(width, names, evidence[members], noise, evidence[self.members.index(ANCHOR)])
+        return Tables(1, names, evidence[members], noise, evidence[self.members.index(ANCHOR)])
+
+    def tables(self, row: str, window: slice) -> Tables:
+        """Sums over a window of positions, (members, references, early cells)."""
+        every = self.by_position(row)
+        sums = (each[..., window].sum(-1) for each in (every.distances, every.units, every.to_anchor))
+        return Tables(window.stop - window.start, every.names, *sums)
 
 
 @dataclass(frozen=True)
@@ -151,20 +158,17 @@ def shrink(values: Any) -> Any:
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.rint(np.log2(values) * 128)
     codes = np.where(values == 0, -32767, np.where(np.isnan(values), -32768, codes))
-    return codes.astype(np.int16)
+    # High bytes first, then low ones: the file is a fifth smaller.
+    whole = codes.astype(np.int16)
+    return np.stack([whole >> 8, whole & 255]).astype(np.uint8)
 
 
-def expand(codes: Any) -> Any:
+def expand(planes: Any) -> Any:
+    codes = planes[0].astype(np.int8).astype(np.int16) * 256 + planes[1]
     values = np.exp2(codes.astype(np.float32) / 128)
     values[codes == -32767] = 0.0
     values[codes == -32768] = np.nan
     return values
-
-
-def windows(count: int) -> list[slice]:
-    """Up to :data:`WINDOWS` windows of ``count`` positions, spread over the prompt's last 64."""
-    starts = sorted({round(start) for start in np.linspace(0, PREFILL - count, min(WINDOWS, PREFILL // count))})
-    return [slice(start, start + count) for start in starts]
 
 
 def build_profile(directions: Sequence[Direction], without: int | None = None) -> Profile:
@@ -173,47 +177,47 @@ def build_profile(directions: Sequence[Direction], without: int | None = None) -
         format=FORMAT,
         name="SmolLM2-135M, H100 and x86 CPU",
         created_at="2026-11-22T00:00:00+00:00",
+        model=MODEL,
+        weights=WEIGHTS,
         prover=("NVIDIA H100 80GB HBM3", "x86 CPU"),
         verifier=("x86 CPU", "NVIDIA H100 80GB HBM3"),
         dtypes=("bf16", "fp16"),
         attentions=("eager", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
         quantizations=("none", "torchao-int8"),
+        batch_sizes=(1, 2, 4),
+        emulated_tensor_parallel=(1, 2, 4),
+        matmuls=("native",),
         pools=tuple(build_pool(directions, count, without) for count in POSITIONS),
     )
 
 
 def build_pool(directions: Sequence[Direction], count: int, without: int | None) -> Pool:
-    floors: list[float] = []
-    noise: list[float] = []
-    margin: list[float] = []
-    prompts = noise_prompts = 0
+    return make_pool(list(honest_prompts(directions, without)), count)
+
+
+def honest_prompts(directions: Sequence[Direction], without: int | None) -> Iterator[HonestPrompt]:
+    """Every prompt of every profiled row, each (direction, row, prompt) one of its own."""
     for direction in directions:
         rivals_in = [each for each in direction.members if each not in (ANCHOR, "wrong-prompt", "model=disturbed")]
         for row in direction.rows:
             if row not in PROFILED:
                 continue
-            references = [each for each in range(direction.evidence.shape[2]) if each != without]
-            prompts += len(references)
             own = direction.own(row)
-            noise_prompts += 0 if own.startswith("quant") else len(references)
-            rivals = [each for each in rivals_in if each != own and {own, each} != {SDPA, "attn=sdpa_math"}]
-            for window in windows(count):
-                tables = direction.tables(row, window)
-                for reference in references:
-                    scores = tables.scores([reference], SDPA if own.startswith("quant") else own)
-                    floors.append(scores.floors[own])
-                    noise += [scores.noise[own]] if own in scores.noise else []
-                    nearest = min(scores.distance[each] for each in rivals)
-                    margin.append(math.log(nearest / max(scores.distance[own], 1e-12)))
-    pool = [tuple(sorted(round(float(value), 4) for value in values)) for values in (floors, noise, margin)]
-    return Pool(
-        positions=count,
-        prompts=prompts,
-        noise_prompts=noise_prompts,
-        floors=pool[0],
-        noise=pool[1],
-        margin=pool[2],
-    )
+            tables = direction.by_position(row)
+            for reference in range(direction.evidence.shape[2]):
+                if reference != without:
+                    yield HonestPrompt(
+                        key=f"{direction.name}/{row}/{reference}",
+                        own=own,
+                        base=SDPA if own.startswith("quant") else own,
+                        rivals=tuple(
+                            each for each in rivals_in if each != own and {own, each} != {SDPA, "attn=sdpa_math"}
+                        ),
+                        names=tuple(tables.names),
+                        distances=tables.distances[:, reference],
+                        units=tables.units[:, reference],
+                        to_anchor=tables.to_anchor[reference],
+                    )
 
 
 @dataclass(frozen=True)
@@ -249,7 +253,7 @@ def verdicts(case: Case, pools: Sequence[Profile], prompts: int, count: int, wan
     """(rejected, nearest to what is claimed) of ``wanted`` resampled bundles."""
     members = [each for each in case.direction.members if each not in (ANCHOR, "wrong-prompt", "model=disturbed")]
     every = case.direction.evidence.shape[2]
-    by_window = [case.direction.tables(case.row, window) for window in windows(count)]
+    by_window = [case.direction.tables(case.row, window) for window, _ in windows(count, PREFILL)]
     rejected = nearest = 0
     for _ in range(wanted):
         drawn = rng.integers(0, every, prompts) if prompts < every else rng.permutation(every)
@@ -305,7 +309,7 @@ def accuracy(directions: Sequence[Direction], cell: str, count: int) -> float:
         members = [direction.members.index(each) for each in KERNELS]
         for true, row in enumerate(KERNELS):
             table = direction.evidence[direction.rows.index(row)][members][:, :, column]
-            for window in windows(count):
+            for window, _ in windows(count, PREFILL):
                 nearest = table[..., window].mean(-1).argmin(0)
                 right += int((nearest == true).sum())
                 total += nearest.size
