@@ -36,7 +36,7 @@ class Lie(msgspec.Struct, frozen=True):
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """Which bundles to make, where, signed by which key."""
+    """Which bundles to make, where, signed by which key; ``skip`` leaves out the first prompts, for others that were not seen."""
 
     folder: str
     key: str
@@ -46,6 +46,7 @@ class Orders(msgspec.Struct, frozen=True):
     sampling: Sampling
     references: int
     prompt_tokens: int
+    skip: int = 0
 
 
 def make_bundles(orders: Orders) -> None:
@@ -54,8 +55,11 @@ def make_bundles(orders: Orders) -> None:
     base = ExecutionConfig(model=next(iter(orders.models)))
     tokenizer = load_tokenizer(resolve_model(base.model, models=host.models).path)
     references = build_references(
-        read_documents(["builtin"]), tokenizer, count=orders.references, prompt_tokens=orders.prompt_tokens
-    )
+        read_documents(["builtin"]),
+        tokenizer,
+        count=orders.skip + orders.references,
+        prompt_tokens=orders.prompt_tokens,
+    )[orders.skip :]
     for lie in orders.lies:
         _make_bundle(orders, lie, base, host, references)
 

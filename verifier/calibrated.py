@@ -1,9 +1,10 @@
 """The calibrated rule: a claim is judged by which members of the lineup could have made the evidence.
 
-In order, after equality has been looked at (rules 1 and 2 of :mod:`fpforensics.verifier.decision`):
+In order, after equality has been looked at (rules 0 to 2 of :mod:`fpforensics.verifier.decision`):
 
  3. Honest evidence of the claimed config would look like this at most α of the time: INCONSISTENT.
- 4. Nothing in the lineup contradicts the claim: INCONCLUSIVE, or CONSISTENT for a claim about identity alone.
+ 4. It states another kind of device, and is nearer than honest evidence from one: INCONCLUSIVE, too good to vouch for. Nothing in
+    the lineup contradicts the claim: INCONCLUSIVE, or CONSISTENT for a claim about identity alone.
  5. Every member that contradicts the claim is rejected, each at α: CONSISTENT.
  6. Otherwise INCONCLUSIVE, naming those that remain.
 
@@ -37,7 +38,8 @@ class Calibration:
     """One row's scores, the pool that they are held against, and the members that the profile covers.
 
     ``wider`` are members of a wider dtype than the claimed config's, the anchor among them. ``kinds`` says of each member
-    which kind it is of: members of one kind are no rivals (see :func:`fpforensics.verifier.lanes.rivals_of`).
+    which kind it is of: members of one kind are no rivals (see :func:`fpforensics.verifier.lanes.rivals_of`). ``pools`` holds the
+    members' own pools where each was calibrated by itself, and ``against`` what each one's margins were measured over.
     """
 
     scores: Scores
@@ -47,6 +49,17 @@ class Calibration:
     wider: Collection[str] = ()
     kinds: Mapping[str, str] | None = None
     alpha: float = ALPHA
+    pools: Mapping[str, Pool] | None = None
+    against: Mapping[str, Collection[str]] | None = None
+
+    def pool_of(self, name: str) -> Pool:
+        """The pool that ``name`` is held against."""
+        return (self.pools or {}).get(name, self.pool)
+
+    def measured(self, name: str, rivals: Collection[str]) -> list[str]:
+        """Those of ``rivals`` that the margins of ``name`` were measured over: another could lie nearer honestly."""
+        held = (self.against or {}).get(name)
+        return [each for each in rivals if held is None or each in held]
 
 
 @dataclass(frozen=True)
@@ -67,12 +80,14 @@ def judge(
     calibration: Calibration,
     classes: Classes = (),
     identity_only: bool = False,
+    apart: bool = False,
 ) -> Judgement:
-    """Apply rules 3 to 6. ``claimed`` is one of ``fitting``, and covered by the profile."""
+    """Apply rules 3 to 6. ``claimed`` is one of ``fitting``, and covered by the profile; ``apart`` says that the evidence
+    states another kind of device than the replays ran on."""
     scores, pool, alpha = calibration.scores, calibration.pool, calibration.alpha
     others = [name for name in fitting if name != claimed]
     # A config that nothing here can tell from the claimed one is no rival of it.
-    rivals = rivals_of(claimed, contradicting, classes, calibration.kinds)
+    rivals = calibration.measured(claimed, rivals_of(claimed, contradicting, classes, calibration.kinds))
     claim = test_member(claimed, scores, pool, rivals, same=others)
     tested = {claimed: claim}
     for name in contradicting:
@@ -83,6 +98,12 @@ def judge(
     where = f"{scores.floors[claimed]:.2f} noise floors from {claimed} in the early layers"
     if claim.rejected(alpha):
         return Judgement("INCONSISTENT", _why(claimed, claim, rivals, calibration), claim.p, tested)
+    near = calibration.pool_of(claimed).p_near(scores.floors[claimed])
+    if apart and near <= alpha:
+        too_near = (
+            f"{where}: nearer than honest evidence from another kind of device (p = {near:.2g}), too good to vouch for"
+        )
+        return Judgement("INCONCLUSIVE", (too_near,), claim.p, tested)
     resting = f"{where}, as honest evidence is ({_p(claim)})"
     unopposed = "no member of the lineup contradicts the claim"
     if not contradicting:
@@ -105,12 +126,13 @@ def judge(
 
 def _test(name: str, rivals: Collection[str], calibration: Calibration) -> Tested:
     covered = name in calibration.covered
-    found = test_member(name, calibration.scores, calibration.pool, rivals, covered=covered)
+    rivals = calibration.measured(name, rivals)
+    found = test_member(name, calibration.scores, calibration.pool_of(name), rivals, covered=covered)
     if covered or found.rejected(calibration.alpha):
         return found
     floors, limit = calibration.scores.floors[name], FAR
     if name in calibration.wider:
-        if calibration.pool.positions < ENOUGH:
+        if calibration.scores.positions < ENOUGH:
             return found
         floors, limit = calibration.scores.distance[name], FAR_FROM_WIDER
     return Tested(0.0, "limit", floors) if floors > limit else found

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import TypeVar
 
 import msgspec
 
@@ -30,11 +31,12 @@ from fpforensics.common.errors import LimitError, UnknownModelError, UsageError,
 from fpforensics.common.evidence import Row
 from fpforensics.common.models import resolve_model, vocab_size, weights_digest
 from fpforensics.verifier.collector import ANCHOR_PREFIX, Checked, Collector, MemberReport
+from fpforensics.verifier.coverage import cover, scopes_of
 from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows, decide_row
 from fpforensics.verifier.environment_diff import Difference, compare_environments, fields_under_test
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import MatrixReport, build_matrices
-from fpforensics.verifier.profile import Profile, built_in_profile
+from fpforensics.verifier.measured import MeasuredProfile
 from fpforensics.verifier.replay import Member, Report, anchor_of, run_lineup
 
 # Quantized formats with products of their own, which no other path replaces.
@@ -62,6 +64,7 @@ COUNTER_VALUES: Mapping[str, tuple[str, ...]] = {
     "expert_parallel": ("ep=1", "ep=2"),
     "concurrent_work": ("concurrent=false", "concurrent=true"),
 }
+C = TypeVar("C", bound=Collector)
 MAX_LINEUP = 64
 MAX_REPLAYED_TOKENS = 1 << 28
 """Tokens, over references, rows, batch and lineup, that one check may be made to compute."""
@@ -72,7 +75,7 @@ class CheckPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     ``lineup`` holds config specs, each a change to the first checked row's claimed config; empty is a default one. ``using`` is a spec of
     how the verifier runs the replays (e.g. ``matmul=fp32-rounded``) and is no part of any claim. ``profile`` is the calibration to
-    decide by; None is the built-in one.
+    decide by where it covers a row; the built-in one decides elsewhere.
     """
 
     claim: str = ""
@@ -80,7 +83,7 @@ class CheckPlan(msgspec.Struct, frozen=True, kw_only=True):
     mode: ReplayMode = "decode"
     row: str = ""
     using: str = ""
-    profile: Profile | None = None
+    profile: MeasuredProfile | None = None
 
 
 class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,25 +122,19 @@ def check_bundle(
         UnknownModelError: evidence about a model, or weights, that this verifier does not hold.
         ReplayError: a config that was asked for cannot run here.
     """
-    checked = _rows_to_check(bundle, plan)
-    members, rows = _plan_replays(checked, plan)
-    require_runnable(
-        (member.runs_as for member in members if not member.optional), host
-    )  # before any weights are hashed
-    for each in checked:
-        _require_known_model(each, plan, host)
-    _require_bounded(bundle, members, rows)
-    members = _pinned(members, host)
+    checked, collected = replay_bundle(bundle, plan, host, Collector, report, cancelled, start)
     verifier_environment = describe_environment(host.env)
-    collected = Collector(bundle, checked)
-    # Anchors first: the others' own noise is measured against them.
-    anchors = {each.anchor for each in checked}
-    ordered = sorted(members, key=lambda member: member.config not in anchors)
-    for replay in run_lineup(bundle, ordered, rows, plan.mode, host, report, cancelled, start):
-        collected.add(replay)
-    collected.in_order([member.id for member in members])
     lineup = [each for each in collected.reports if not each.id.startswith(ANCHOR_PREFIX)]
     classes = collected.kernel_classes()
+    coverage = {
+        each.label: cover(
+            collected,
+            each,
+            plan.profile,
+            scopes_of(collected, each, bundle.evidence.environment, verifier_environment, plan.mode),
+        )
+        for each in checked
+    }
     verdicts = tuple(
         decide_row(
             config_id=each.label,
@@ -146,10 +143,14 @@ def check_bundle(
             noise=collected.noise_floor(each),
             kernel_classes=classes,
             identity_only=each.claim.assertions.keys() <= {"model"},
-            calibration=collected.calibration(each, plan.profile or built_in_profile()),
+            calibration=coverage[each.label].calibration,
+            uncalibrated=collected.lacking(each),
+            setting=collected.setting(each, verifier_environment, plan.mode),
+            not_replayed=[report.id for report in lineup if report.skipped and not each.claim.holds_for(report.config)],
         )
         for each in checked
     )
+    verdicts = tuple(coverage[row.config_id].noted(row) for row in verdicts)
     return CheckResult(
         bundle_digest=bundle.digest,
         signer=bundle.signer.keyid,
@@ -177,6 +178,38 @@ def check_bundle(
         ),
         verifier_environment=verifier_environment,
     )
+
+
+def replay_bundle(
+    bundle: VerifiedBundle,
+    plan: CheckPlan,
+    host: Host,
+    collect: Callable[[VerifiedBundle, Sequence[Checked]], C],
+    report: Report = lambda _stage, _done, _total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    start: EngineStarter = start_engine,
+) -> tuple[list[Checked], C]:
+    """Replay the rows that ``plan`` names under its lineup and their anchors, into a collector that ``collect`` makes.
+
+    Raises like :func:`check_bundle`.
+    """
+    checked = _rows_to_check(bundle, plan)
+    members, rows = _plan_replays(checked, plan)
+    require_runnable(
+        (member.runs_as for member in members if not member.optional), host
+    )  # before any weights are hashed
+    for each in checked:
+        _require_known_model(each, plan, host)
+    _require_bounded(bundle, members, rows)
+    members = _pinned(members, host)
+    collected = collect(bundle, checked)
+    # Anchors first: the others' own noise is measured against them.
+    anchors = {each.anchor for each in checked}
+    ordered = sorted(members, key=lambda member: member.config not in anchors)
+    for replay in run_lineup(bundle, ordered, rows, plan.mode, host, report, cancelled, start):
+        collected.add(replay)
+    collected.in_order([member.id for member in members])
+    return checked, collected
 
 
 def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[Checked]:

@@ -77,6 +77,11 @@ class VerifierClient:
             raise UsageError(
                 f"using {plan.using!r} in a remote check", "the verifier's operator chooses how replays run"
             )
+        if plan.profile is not None:
+            raise UsageError(
+                f"profile {plan.profile.content.name} in a remote check",
+                "the verifier's operator chooses what it decides by",
+            )
         request = pb.CheckRequest(
             bundle_digest=bundle_digest,
             claim=plan.claim,

@@ -9,17 +9,18 @@ from itertools import combinations
 import msgspec
 
 from fpforensics.common.config import Claim, ExecutionConfig
-from fpforensics.common.engines.base import EngineFacts
+from fpforensics.common.engines.base import EngineFacts, ReplayMode
+from fpforensics.common.environment import Environment
 from fpforensics.common.evidence import Row
 from fpforensics.common.signals import PHASES, Phase, Trace
 from fpforensics.verifier import decision
-from fpforensics.verifier.calibrated import Calibration
 from fpforensics.verifier.distance import Cell, trace_distances
+from fpforensics.verifier.environment_diff import compare_environments
+from fpforensics.verifier.exact import Setting, first_difference, setting_of
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import Measurement, kernel_classes
-from fpforensics.verifier.profile import Profile
 from fpforensics.verifier.replay import Member, MemberReplay, fingerprint
-from fpforensics.verifier.score import score
+from fpforensics.verifier.score import EARLY, Scores, score
 
 ANCHOR_PREFIX = "anchor:"
 
@@ -59,6 +60,7 @@ class Collector:
         self._noise: dict[
             tuple[str, ExecutionConfig], dict[str, dict[Cell, float]]
         ] = {}  # (label, member) -> reference
+        self._first_difference: dict[str, str] = {}  # label -> where the evidence leaves the claimed config's replay
         self.reports: list[MemberReport] = []
         self.measurements: list[Measurement] = []
 
@@ -84,6 +86,9 @@ class Collector:
                 continue
             if member.config in needed:
                 self._kept[member.config, each.label] = traces
+            if member.config == each.config:
+                ours = [self._bundle.trace(each.row, trace.reference_id) for trace in traces]
+                self._first_difference[each.label] = first_difference(ours, traces)
             self._measure_noise(each, member, traces)
             # An anchor that contradicts the claim is a member like any other, for the row that it anchors.
             if not member.id.startswith(ANCHOR_PREFIX) or not each.claim.holds_for(member.config):
@@ -117,30 +122,52 @@ class Collector:
             one.reference_id: trace_distances(one, other) for one, other in zip(ours, anchor, strict=True)
         }
 
-    def calibration(self, each: Checked, profile: Profile) -> Calibration | None:
-        """What the calibrated rule needs for one row; None where the profile or the evidence does not reach."""
-        if each.anchor is None or not profile.covers(each.config) or (each.label, each.anchor) not in self._noise:
+    def scores(self, each: Checked) -> Scores | None:
+        """One row's scores in the early layers; None where there is no anchor, or the evidence lacks them.
+
+        The unit is the prompt: a reference that repeats an earlier one's prompt does not count.
+        """
+        if each.anchor is None or (each.label, each.anchor) not in self._noise:
             return None
-        distances = {name: found for (label, name), found in self._distances.items() if label == each.label}
+        distinct = {entry.prompt_ids.sha256: entry.id for entry in reversed(self._bundle.evidence.references)}.values()
+        distances = {
+            name: {reference: cells for reference, cells in found.items() if reference in distinct}
+            for (label, name), found in self._distances.items()
+            if label == each.label
+        }
         own = {
             name: self._noise[each.label, config]
             for name, config in self._configs.items()
             if (each.label, config) in self._noise and config != each.anchor
         }
-        scores = score(
+        return score(
             claimed=each.label,
             distances=distances,
             own_noise=own,
             to_anchor=self._noise[each.label, each.anchor],
             counts=position_counts(each.row),
         )
-        pool = profile.pool(scores.positions) if scores is not None else None
-        if scores is None or pool is None:
-            return None
-        covered = {name for name, config in self._configs.items() if profile.covers(config)}
-        wider = {name for name, config in self._configs.items() if config.dtype in ("fp32", "fp64")}
-        kinds = {name: kind_of(config) for name, config in self._configs.items()}
-        return Calibration(scores, pool, profile.name, covered, wider, kinds)
+
+    def prompt_tokens(self) -> tuple[int, int]:
+        """The fewest and the most tokens of a prompt."""
+        lengths = [entry.prompt_ids.shape[0] for entry in self._bundle.evidence.references]
+        return min(lengths), max(lengths)
+
+    def lacking(self, each: Checked) -> str:
+        """What the evidence should have held to be judged at a known error rate, though the model has it; empty if nothing."""
+        deepest = max(int(key.layer) for key in EARLY)
+        held = {(cell.signal, cell.layer) for cell in self.noise_floor(each)}
+        missing = [f"{key.signal} of block {key.layer}" for key in EARLY if (key.signal, key.layer) not in held]
+        if not missing or each.anchor is None or self.claimed_facts(each).model.num_layers < deepest:
+            return ""
+        return f"the evidence lacks {', '.join(missing)}: without them no error rate is known"
+
+    def setting(self, each: Checked, verifier: Environment, mode: ReplayMode) -> Setting:
+        """How the prover's stated hardware, software and kernels stand to this verifier's."""
+        replayed = self.claimed_facts(each)
+        stated = self._bundle.evidence.environment
+        differences = compare_environments(stated, each.row.facts, verifier, replayed, mode=mode)
+        return setting_of(each.row, replayed, differences, mode, self._first_difference[each.label])
 
     def in_order(self, names: Sequence[str]) -> None:
         """Put reports and measurements in the order of ``names``, whatever order the replays came in."""

@@ -11,8 +11,10 @@ mean over cells, each (phase, signal) weighing the same and each layer the same 
 score of a member for which the claim holds, D_out of one which contradicts it, and the SNR is D_out / D_in.
 In order:
 
+ 0. Some member is bit-identical, though the bundle states another kind of device: INCONSISTENT, too good to come from there.
  1. A fitting member is bit-identical: CONSISTENT, or INCONCLUSIVE if a contradicting one is too.
- 2. Only a contradicting member is bit-identical: INCONSISTENT.
+ 2. Only a contradicting member is bit-identical: INCONSISTENT. So is evidence that no member equals, where prover and verifier
+    share hardware, software and kernels: there the test is equality (:mod:`fpforensics.verifier.exact`).
  3. The claimed config itself, which is the row's declaration with the claim applied, is more than 2 noise floors away:
     INCONSISTENT, rounding does not explain the distance. That another config fits the words of the claim is no excuse.
  4. Nothing in the lineup contradicts the claim: INCONCLUSIVE, unless it is about identity alone (which model): no config can
@@ -22,7 +24,8 @@ In order:
  7. Otherwise INCONCLUSIVE, naming the contradicting members that are not told apart.
 
 Rule 4 comes before a CONSISTENT of rule 1 too: equality with one config says nothing about a config that was not replayed.
-Without a usable noise floor only rules 1 and 2 can decide.
+Without a usable noise floor only rules 0 to 2 can decide. Evidence that a profile could have judged, had it held the early layers,
+is not CONSISTENT by the fixed limits alone.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from fpforensics.common.signals import PHASES, SIGNALS
 from fpforensics.verifier.calibrated import Calibration, Judgement, judge
 from fpforensics.verifier.calibrated import Verdict as Verdict
 from fpforensics.verifier.distance import Cell
+from fpforensics.verifier.exact import UNKNOWN, Setting
 from fpforensics.verifier.matrix import Classes, Ratio, labels, ratio
 
 MAX_FLOORS = 2.0
@@ -50,6 +54,7 @@ MIN_RATIO = 3.0
 
 # Keeps every mean finite; nothing honest comes near.
 _MOST_FLOORS = 1e12
+_UNOPPOSED = "no member of the lineup contradicts the claim"
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class RowVerdict(msgspec.Struct, frozen=True, kw_only=True):
     ``snr`` is D_out / D_in, None when infinite (see the flag) or when nothing contradicts the claim;
     ``floors`` is D_in. ``kernel_class`` holds the members that this machine cannot tell from the claimed
     config, itself included, or nothing. ``scores`` are ordered best first. ``calibration`` names the profile that decided,
-    at level ``alpha`` and with the claim's ``p_value``, or is empty. ``positions`` is how many positions of one prompt the
+    at level ``alpha`` and with the claim's ``p_value``, or is empty (``calibration_digest`` is the profile's). ``positions`` is how many positions of one prompt the
     evidence was worth, ``prompts_needed`` how many prompts may settle what is inconclusive.
     """
 
@@ -126,6 +131,7 @@ class RowVerdict(msgspec.Struct, frozen=True, kw_only=True):
     noise: tuple[NoiseFloor, ...]
     reasons: tuple[str, ...]
     calibration: str = ""
+    calibration_digest: str = ""
     alpha: float | None = None
     p_value: float | None = None
     positions: int | None = None
@@ -141,11 +147,15 @@ def decide_row(
     kernel_classes: Classes = (),
     identity_only: bool = False,
     calibration: Calibration | None = None,
+    uncalibrated: str = "",
+    setting: Setting = UNKNOWN,
+    not_replayed: Sequence[str] = (),
 ) -> RowVerdict:
     """Apply the rule to one row. ``config_id`` is the id of the claimed config's member.
 
     ``identity_only``: the claim is about which model it is, and nothing else. ``calibration`` is given where a profile covers
-    the claimed config.
+    the claimed config; ``uncalibrated`` says what the evidence lacks where one covers it and still cannot judge. ``setting`` is how
+    the prover's stated setting stands to this verifier's. ``not_replayed`` names members that contradict the claim but could not run.
     ``noise`` must hold every cell that the members hold. Raises :class:`UsageError` if no member fits the
     claim, :class:`ReplayError` for a value that is not finite and at least 0, and :class:`Error` if members
     hold different cells.
@@ -159,7 +169,10 @@ def decide_row(
     snr = ratio(contradicting[0].floors, d_in) if contradicting else Ratio()
     claimed = next((score for score in fitting if score.id == config_id), fitting[0])
     judgement: Judgement | None = None
-    if calibration is not None and not any(score.bit_identical for score in scores):
+    equality = _by_equality(claimed, fitting, contradicting, identity_only, setting)
+    if equality is not None:
+        verdict, reasons = equality
+    elif calibration is not None:
         judgement = judge(
             claimed.id,
             [score.id for score in fitting],
@@ -167,6 +180,7 @@ def decide_row(
             calibration,
             kernel_classes,
             identity_only,
+            setting.apart,
         )
         verdict, reasons = judgement.verdict, judgement.reasons
         # The early layers decide, but what comes after them must not be beyond explanation either.
@@ -182,7 +196,11 @@ def decide_row(
             reasons += (f"more than {MIN_RATIO:g} noise floors away at {', '.join(map(str, late[:3]))}",)
         scores = [_with_p(score, judgement, calibration.alpha) for score in scores]
     else:
-        verdict, reasons = _decide(claimed, fitting, contradicting, identity_only)
+        verdict, reasons = _by_limits(claimed, fitting, contradicting, identity_only)
+        if verdict == "CONSISTENT" and uncalibrated:
+            verdict, reasons = "INCONCLUSIVE", (*reasons, uncalibrated)
+    if verdict == "CONSISTENT" and not_replayed:
+        reasons += (f"not replayed here, so nothing is said of them: {_list(not_replayed)}",)
     unused = [cell for cell in sorted(noise) if cell not in used]
     if unused and used:
         reasons += (f"left out, having no noise floor: {', '.join(map(str, unused))}",)
@@ -221,26 +239,45 @@ def combine_rows(rows: Iterable[RowVerdict]) -> Verdict:
     return next(verdict for verdict in order if verdict in verdicts)
 
 
-def _decide(
-    claimed: MemberScore, fitting: list[MemberScore], contradicting: list[MemberScore], identity_only: bool
-) -> tuple[Verdict, tuple[str, ...]]:
-    """Both lists best first, ``fitting`` not empty. The numbers are those of the module's docstring."""
+def _by_equality(
+    claimed: MemberScore,
+    fitting: list[MemberScore],
+    contradicting: list[MemberScore],
+    identity_only: bool,
+    setting: Setting,
+) -> tuple[Verdict, tuple[str, ...]] | None:
+    """Rules 0 to 2 of the module's docstring; None where bits decide nothing. Both lists best first, ``fitting`` not empty."""
     equal_in = [score.id for score in fitting if score.bit_identical]
     equal_out = [score.id for score in contradicting if score.bit_identical]
+    # 0.
+    if setting.apart and (equal_in or equal_out):
+        said = f"bit-identical to {_list(equal_in + equal_out)} as computed here, though the bundle states {setting.stated}"
+        return "INCONSISTENT", (f"{said}: too good to come from another kind of device",)
     # 1.
     if equal_in and equal_out:
         return "INCONCLUSIVE", (
             f"bit-identical to {_list(equal_in)}, for which the claim holds, and to {_list(equal_out)}, "
             "which contradict it: one kernel class on this machine, nothing can tell them apart",
         )
-    unopposed = "no member of the lineup contradicts the claim"
     if equal_in and (contradicting or identity_only):
         return "CONSISTENT", (f"bit-identical to {_list(equal_in)}",)
     if equal_in:
-        return "INCONCLUSIVE", (f"bit-identical to {_list(equal_in)}, but {unopposed}: add one that does",)
+        return "INCONCLUSIVE", (f"bit-identical to {_list(equal_in)}, but {_UNOPPOSED}: add one that does",)
     # 2.
     if equal_out:
         return "INCONSISTENT", (f"bit-identical to {_list(equal_out)}, which contradict the claim",)
+    if setting.shared and setting.first_difference:
+        return "INCONSISTENT", (
+            "the bundle states this verifier's own hardware, software and kernels, where honest evidence is bit-identical",
+            f"it first differs from {claimed.id} at {setting.first_difference}",
+        )
+    return None
+
+
+def _by_limits(
+    claimed: MemberScore, fitting: list[MemberScore], contradicting: list[MemberScore], identity_only: bool
+) -> tuple[Verdict, tuple[str, ...]]:
+    """Rules 3 to 7 of the module's docstring. Both lists best first, ``fitting`` not empty."""
     d_in = fitting[0].floors
     if d_in is None or claimed.floors is None:
         return "INCONCLUSIVE", ("no cell has a noise floor to measure the distance by",)
@@ -255,8 +292,8 @@ def _decide(
     # 4.
     if not contradicting:
         if identity_only:
-            return "CONSISTENT", (resting, f"{unopposed}: this rests on the noise floor alone")
-        return "INCONCLUSIVE", (resting, f"{unopposed}: add one that does")
+            return "CONSISTENT", (resting, f"{_UNOPPOSED}: this rests on the noise floor alone")
+        return "INCONCLUSIVE", (resting, f"{_UNOPPOSED}: add one that does")
     best = contradicting[0]
     # 5.
     if ratio(d_in, best.floors).exceeds(MIN_RATIO):

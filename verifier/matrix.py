@@ -7,6 +7,7 @@ it infinite, which is a flag and never a number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ import numpy as np
 from fpforensics.common.errors import Error, ReplayError, shorten
 from fpforensics.common.signals import PHASES, SIGNALS, Phase, Signal
 from fpforensics.verifier.distance import POOLED, Cell, Floats, with_pooled
+from fpforensics.verifier.pairs import PairDecision, decide_pairs
 
 Classes = Sequence[Collection[str]]
 Table = tuple[tuple[float | None, ...], ...]
@@ -46,7 +48,10 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PairSnr(msgspec.Struct, frozen=True, kw_only=True):
-    """One unordered pair of configs: the mean distance between them over the mean of their own diagonals."""
+    """One unordered pair of configs: the mean distance between them over the mean of their own diagonals.
+
+    The labels are the published ones; ``decision`` is our own, prompt by prompt, None where no prompt has both.
+    """
 
     a: str
     b: str
@@ -57,6 +62,7 @@ class PairSnr(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     second_label: str
     same_kernel_class: bool
+    decision: PairDecision | None = None
 
 
 class MatrixReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,11 +152,10 @@ class DistanceMatrix:
 
     def pairwise(self, classes: Classes = ()) -> tuple[PairSnr, ...]:
         """Every pair with a measured direction, most detectable first."""
-        pairs = [
-            self._pair(a, b, classes)
-            for a, b in combinations(dict.fromkeys(self.row_keys + self.column_keys), 2)
-            if self._directions(a, b)
-        ]
+        keys = list(dict.fromkeys(self.row_keys + self.column_keys))
+        named = [(a, b) for a, b in combinations(keys, 2) if self._directions(a, b)]
+        decisions = self._decisions(keys, named)
+        pairs = [self._pair(a, b, classes, decision) for (a, b), decision in zip(named, decisions, strict=True)]
         return tuple(sorted(pairs, key=_most_detectable_first))
 
     def to_report(self, classes: Classes = ()) -> MatrixReport:
@@ -184,14 +189,49 @@ class DistanceMatrix:
     @cached_property
     def _by_keys(self) -> dict[tuple[str, str], float]:
         found: dict[tuple[str, str], list[float]] = {}
-        for row, values in zip(self.row_keys, self.aggregate, strict=True):
+        for row, values in zip(self.row_keys, self.aggregate.tolist(), strict=True):
             for column, value in zip(self.column_keys, values, strict=True):
-                if not np.isnan(value):
-                    found.setdefault((row, column), []).append(float(value))
-        return {keys: float(np.mean(values)) for keys, values in found.items()}
+                if not math.isnan(value):
+                    found.setdefault((row, column), []).append(value)
+        return {keys: mean(values) for keys, values in found.items()}
 
-    def _pair(self, a: str, b: str, classes: Classes) -> PairSnr:
-        signal = float(np.mean(self._directions(a, b)))
+    def _decisions(self, keys: list[str], named: Sequence[tuple[str, str]]) -> list[PairDecision | None]:
+        """What each pair's prompts say; those of the same matrix are one family."""
+        signals, noises = self._by_pair(keys)
+        at = {key: index for index, key in enumerate(keys)}
+        measured: list[tuple[list[float], list[float]]] = []
+        for a, b in named:
+            signal, noise = (table[:, at[a], at[b]] for table in (signals, noises))
+            both = ~np.isnan(signal) & ~np.isnan(noise)
+            measured.append((signal[both].tolist(), noise[both].tolist()))
+        decided = iter(decide_pairs([pair for pair in measured if pair[0]]))
+        return [next(decided) if signal else None for signal, _ in measured]
+
+    def _by_pair(self, keys: Sequence[str]) -> tuple[Floats, Floats]:
+        """Each reference's own signal and noise between every two of K keys, (R, K, K) each; NaN where it lacks one.
+
+        The signal is the mean of the entries between the two, both ways, the noise that of their own entries.
+        """
+        rows, columns = (
+            np.array([[key == each for each in held] for key in keys], np.float64)
+            for held in (self.row_keys, self.column_keys)
+        )
+        measured = ~np.isnan(self.values)
+        sums = rows @ np.where(measured, self.values, 0.0) @ columns.T
+        counts = rows @ measured @ columns.T
+
+        def both(tables: Floats) -> tuple[Floats, Floats]:
+            own = np.diagonal(tables, axis1=1, axis2=2)
+            return tables + tables.transpose(0, 2, 1), own[:, :, None] + own[:, None, :]
+
+        signals, noises = (
+            np.where(count > 0, total / np.maximum(count, 1), np.nan)
+            for total, count in zip(both(sums), both(counts), strict=True)
+        )
+        return signals, noises
+
+    def _pair(self, a: str, b: str, classes: Classes, decision: PairDecision | None) -> PairSnr:
+        signal = mean(self._directions(a, b))
         noise = _mean([value for name in (a, b) if (value := self.distance(name, name)) is not None])
         snr = ratio(signal, noise)
         label, second_label = labels(snr)
@@ -205,6 +245,7 @@ class DistanceMatrix:
             label=label,
             second_label=second_label,
             same_kernel_class=same_class(a, b, classes),
+            decision=decision,
         )
 
     def _directions(self, a: str, b: str) -> list[float]:
@@ -212,10 +253,10 @@ class DistanceMatrix:
 
     def _entries(self, keep: Callable[[str, str], bool]) -> list[float]:
         return [
-            float(value)
-            for row, values in zip(self.row_keys, self.aggregate, strict=True)
+            value
+            for row, values in zip(self.row_keys, self.aggregate.tolist(), strict=True)
             for column, value in zip(self.column_keys, values, strict=True)
-            if keep(row, column) and not np.isnan(value)
+            if keep(row, column) and not math.isnan(value)
         ]
 
 
@@ -295,6 +336,11 @@ def labels(snr: Ratio) -> tuple[str, str]:
     return published, next((name for bound, name in _PLAN if snr.exceeds(bound)), "Not Detectable")
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value; the same number as NumPy's, whose call costs more than adding up a few."""
+    return float(sum(values) / len(values) if len(values) < 8 else np.mean(values))
+
+
 def _most_detectable_first(pair: PairSnr) -> tuple[bool, float, float, str, str]:
     return (
         not pair.snr_infinite,
@@ -306,7 +352,7 @@ def _most_detectable_first(pair: PairSnr) -> tuple[bool, float, float, str, str]
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+    return mean(values) if values else None
 
 
 def _where(each: Measurement) -> str:

@@ -4,14 +4,16 @@ The unit is the prompt: its signal is the mean distance between the two configs,
 Logarithms of distances are taken as normal. DETECTABLE: of prompts of the one config, at least 90 % lie beyond a threshold
 that at most α of honest prompts exceed; both are tolerance bounds at 95 % confidence (Howe, JASA 64, 1969; here by
 simulation). NOT_DETECTABLE is an equivalence test, not a failure to reject: the upper 95 % bound of signal over noise,
-paired within prompts, lies below :data:`EQUIVALENT`. Pure NumPy.
+paired within prompts, lies below :data:`EQUIVALENT`. Of many pairs together each of the two is said with 95 % confidence that
+none is wrong (Holm, Scandinavian Journal of Statistics 6, 1979). Pure NumPy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from statistics import NormalDist
 from typing import Literal
 
@@ -33,12 +35,14 @@ SPREAD = 0.34
 three positions over log-probabilities and the layers where the published studies looked (median 0.13 to 0.25)."""
 _TRIED = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 _DRAWS = 200_000
+_CONFIDENCES = (0.5, 1 - 20 / _DRAWS)  # between which p-values are resolved: beyond, too few draws
+_LARGEST_LOG = math.log(np.finfo(np.float64).max)
 
 
 class PairDecision(msgspec.Struct, frozen=True, kw_only=True):
     """The verdict on a pair over ``prompts`` prompts. ``prompts_needed`` is None when resolved, or never to be.
 
-    ``snr`` is the ratio of geometric means, None for no noise at all.
+    ``snr`` is the ratio of geometric means, None for no noise at all and for a ratio beyond float64.
     """
 
     verdict: PairVerdict
@@ -52,55 +56,130 @@ def decide_pair(signal: Sequence[float], noise: Sequence[float], alpha: float = 
 
     Without any noise equality decides: a signal is DETECTABLE, none is not.
     """
-    if len(signal) != len(noise) or not signal:
-        raise UsageError(f"{len(signal)} signals and {len(noise)} noises", "give one of each for every prompt")
-    distances, floors = np.array(signal, np.float64), np.array(noise, np.float64)
-    if not (distances > 0).all() or not (floors > 0).all():
-        return _by_equality(distances, floors)
-    logs, log_floors = np.log(distances), np.log(floors)
-    count = len(logs)
-    gaps = logs - log_floors
-    snr = math.exp(float(gaps.mean()))
-    if count == 1:
-        return _decide(float(gaps.mean()), None, None, None, count, 1, snr, alpha)
-    spreads = [max(float(each.std(ddof=1)), 1e-9) for each in (logs, log_floors, gaps)]
-    return _decide(float(gaps.mean()), spreads[0], spreads[1], spreads[2], count, count, snr, alpha)
+    return decide_pairs([(signal, noise)], alpha)[0]
+
+
+def decide_pairs(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], alpha: float = ALPHA) -> list[PairDecision]:
+    """:func:`decide_pair` of several pairs of one study: Holm's correction keeps the confidence for all of them together."""
+    measured = [_measured(signal, noise) for signal, noise in pairs]
+    found: list[PairDecision | None] = [
+        _by_equality(*each) if not (np.array(each) > 0).all() else None for each in measured
+    ]
+    open_ = [index for index, decision in enumerate(found) if decision is None]
+    gaps = [_Gap.of(*measured[index]) for index in open_]
+    verdicts: list[PairVerdict] = ["UNRESOLVED"] * len(gaps)
+    for verdict, odds in (
+        ("NOT_DETECTABLE", [gap.p_equivalent() for gap in gaps]),
+        ("DETECTABLE", [gap.p_detectable(alpha) for gap in gaps]),
+    ):
+        for index in holm(odds):
+            verdicts[index] = verdict  # type: ignore[call-overload]
+    strict = 1 - (1 - CONFIDENCE) / max(1, len(gaps))
+    for index, gap, verdict in zip(open_, gaps, verdicts, strict=True):
+        found[index] = gap.decision(verdict, alpha, strict)
+    return [each for each in found if each is not None]
+
+
+def holm(odds: Sequence[float]) -> list[int]:
+    """The indices of the hypotheses that Holm's procedure rejects, given their p-values, at 1 - :data:`CONFIDENCE` for all together."""
+    rejected: list[int] = []
+    for rank, index in enumerate(sorted(range(len(odds)), key=lambda each: odds[each])):
+        if odds[index] > (1 - CONFIDENCE) / (len(odds) - rank):
+            break
+        rejected.append(index)
+    return rejected
 
 
 def decide_aggregate(signal: float, noise: float, prompts: int = 1, alpha: float = ALPHA) -> PairDecision:
     """The same from means over ``prompts`` prompts, for studies that published no more; assumes :data:`SPREAD`."""
     if signal <= 0 or noise <= 0:
         return _by_equality(np.array([signal]), np.array([noise]))
-    return _decide(math.log(signal / noise), None, None, None, prompts, prompts, signal / noise, alpha)
+    gap = _Gap(math.log(signal) - math.log(noise), prompts)
+    detectable, equivalent = gap.p_detectable(alpha), gap.p_equivalent()
+    verdict: PairVerdict = "UNRESOLVED"
+    if detectable <= 1 - CONFIDENCE:
+        verdict = "DETECTABLE"
+    elif equivalent <= 1 - CONFIDENCE:
+        verdict = "NOT_DETECTABLE"
+    return gap.decision(verdict, alpha, CONFIDENCE)
 
 
-def _decide(
-    gap: float,
-    signal_spread: float | None,
-    noise_spread: float | None,
-    gap_spread: float | None,
-    count: int,
-    prompts: int,
-    snr: float,
-    alpha: float,
-) -> PairDecision:
-    def verdict(n: int) -> PairVerdict:
-        if signal_spread is None or noise_spread is None or gap_spread is None:
-            sure = NormalDist().inv_cdf(CONFIDENCE) / math.sqrt(n)
-            reach = (_z(1 - alpha) + _z(POWER) + 2 * sure) * SPREAD
-            above = sure * SPREAD * math.sqrt(2)
-        else:
-            reach = tolerance(n, 1 - alpha) * noise_spread + tolerance(n, POWER) * signal_spread
-            above = t_quantile(n) * gap_spread / math.sqrt(n)
-        if gap > reach:
-            return "DETECTABLE"
-        return "NOT_DETECTABLE" if gap + above < math.log(EQUIVALENT) else "UNRESOLVED"
+@dataclass(frozen=True)
+class _Gap:
+    """The mean logarithm of signal over noise over ``prompts``, and the standard deviations of both and of their difference.
 
-    found = verdict(count)
-    needed = None
-    if found == "UNRESOLVED":
-        needed = next((n for n in _TRIED if n > count and verdict(n) != "UNRESOLVED"), None)
-    return PairDecision(verdict=found, prompts=prompts, snr=snr, prompts_needed=needed)
+    Without standard deviations :data:`SPREAD` stands for all three.
+    """
+
+    mean: float
+    prompts: int
+    signal: float | None = None
+    noise: float | None = None
+    difference: float | None = None
+
+    @classmethod
+    def of(cls, distances: Floats, floors: Floats) -> _Gap:
+        logs, log_floors = np.log(distances), np.log(floors)
+        gaps = logs - log_floors
+        if len(gaps) == 1:
+            return cls(float(gaps[0]), 1)
+        return cls(
+            float(gaps.mean()), len(gaps), *(max(float(each.std(ddof=1)), 1e-9) for each in (logs, log_floors, gaps))
+        )
+
+    def p_detectable(self, alpha: float) -> float:
+        """One minus the highest confidence with which the pair is detectable."""
+        return _least(lambda confidence: self.mean > self._reach(self.prompts, alpha, confidence))
+
+    def p_equivalent(self) -> float:
+        """One minus the highest confidence with which it is not."""
+        return _least(lambda confidence: self._upper(self.prompts, confidence) < math.log(EQUIVALENT))
+
+    def decision(self, verdict: PairVerdict, alpha: float, confidence: float) -> PairDecision:
+        """With the number of prompts that would resolve what is not, at this confidence."""
+        needed = None
+        if verdict == "UNRESOLVED":
+            more = (n for n in _TRIED if n > self.prompts)
+            needed = next((n for n in more if self._resolved(n, alpha, confidence)), None)
+        snr = math.exp(self.mean) if abs(self.mean) < _LARGEST_LOG else None
+        return PairDecision(verdict=verdict, prompts=self.prompts, snr=snr, prompts_needed=needed)
+
+    def _resolved(self, prompts: int, alpha: float, confidence: float) -> bool:
+        detectable = self.mean > self._reach(prompts, alpha, confidence)
+        return detectable or self._upper(prompts, confidence) < math.log(EQUIVALENT)
+
+    def _reach(self, prompts: int, alpha: float, confidence: float) -> float:
+        """What the gap must exceed to be detectable."""
+        if self.signal is None or self.noise is None:
+            sure = _z(confidence) / math.sqrt(prompts)
+            return (_z(1 - alpha) + _z(POWER) + 2 * sure) * SPREAD
+        ours, theirs = tolerance(prompts, 1 - alpha, confidence), tolerance(prompts, POWER, confidence)
+        return ours * self.noise + theirs * self.signal
+
+    def _upper(self, prompts: int, confidence: float) -> float:
+        """The upper bound of the gap."""
+        if self.difference is None:
+            return self.mean + _z(confidence) / math.sqrt(prompts) * SPREAD * math.sqrt(2)
+        return self.mean + t_quantile(prompts, confidence) * self.difference / math.sqrt(prompts)
+
+
+def _least(holds: Callable[[float], bool]) -> float:
+    """1 - the highest confidence at which ``holds`` (true up to it), to within a hundredth of itself; 1 if it never does."""
+    low, high = -math.log(1 - _CONFIDENCES[0]), -math.log(1 - _CONFIDENCES[1])
+    if not holds(-math.expm1(-low)):
+        return 1.0
+    if holds(-math.expm1(-high)):
+        return math.exp(-high)
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(-math.expm1(-middle)) else (low, middle)
+    return math.exp(-low)
+
+
+def _measured(signal: Sequence[float], noise: Sequence[float]) -> tuple[Floats, Floats]:
+    if len(signal) != len(noise) or not signal:
+        raise UsageError(f"{len(signal)} signals and {len(noise)} noises", "give one of each for every prompt")
+    return np.array(signal, np.float64), np.array(noise, np.float64)
 
 
 def _by_equality(distances: Floats, floors: Floats) -> PairDecision:
@@ -110,26 +189,42 @@ def _by_equality(distances: Floats, floors: Floats) -> PairDecision:
         if (distances > 0).any() and not (distances > 0).all():
             verdict = "UNRESOLVED"
         return PairDecision(verdict=verdict, prompts=len(distances), snr=None)
-    snr = float(distances.mean() / floors.mean())
-    return PairDecision(verdict="UNRESOLVED", prompts=len(distances), snr=snr)
+    with np.errstate(over="ignore"):
+        snr = float(distances.mean() / floors.mean())
+    return PairDecision(verdict="UNRESOLVED", prompts=len(distances), snr=snr if math.isfinite(snr) else None)
 
 
+@cache
 def _z(share: float) -> float:
     return NormalDist().inv_cdf(share)
 
 
-@cache
-def tolerance(count: int, share: float) -> float:
-    """k of the one-sided normal tolerance bound: mean + k·s lies above ``share`` of the population, 95 % of the time."""
-    normals, chi = _draws(count)
-    return float(np.quantile((normals / math.sqrt(count) + _z(share)) / np.sqrt(chi / (count - 1)), CONFIDENCE))
+@lru_cache(1 << 12)
+def tolerance(count: int, share: float, confidence: float = CONFIDENCE) -> float:
+    """k of the one-sided normal tolerance bound: mean + k·s lies above ``share`` of the population, as often as ``confidence`` says."""
+    return _quantile(_tolerances(count, share), confidence)
 
 
-@cache
-def t_quantile(count: int) -> float:
-    """The 95 % quantile of Student's t with ``count`` - 1 degrees of freedom, simulated."""
+@lru_cache(1 << 12)
+def t_quantile(count: int, confidence: float = CONFIDENCE) -> float:
+    """A quantile of Student's t with ``count`` - 1 degrees of freedom, simulated."""
+    return _quantile(_students(count), confidence)
+
+
+def _quantile(ascending: Floats, confidence: float) -> float:
+    return float(ascending[min(len(ascending) - 1, math.ceil(confidence * len(ascending)) - 1)])
+
+
+@lru_cache(6)
+def _tolerances(count: int, share: float) -> Floats:
     normals, chi = _draws(count)
-    return float(np.quantile(normals / np.sqrt(chi / (count - 1)), CONFIDENCE))
+    return np.sort((normals / math.sqrt(count) + _z(share)) / np.sqrt(chi / (count - 1)))
+
+
+@lru_cache(6)
+def _students(count: int) -> Floats:
+    normals, chi = _draws(count)
+    return np.sort(normals / np.sqrt(chi / (count - 1)))
 
 
 def _draws(count: int) -> tuple[Floats, Floats]:

@@ -38,6 +38,7 @@ from fpforensics.proto import audit_pb2_grpc
 from fpforensics.proto.evidence_pb2 import Chunk
 from fpforensics.verifier.check import MAX_LINEUP, CheckPlan, CheckResult, check_bundle
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
+from fpforensics.verifier.measured import MeasuredProfile
 from fpforensics.verifier.store import Store, StoredBundle, StoredVerdict
 from fpforensics.verifier.verdict import new_verdict_id, require_signable, sign_verdict
 
@@ -74,7 +75,7 @@ class VerifierConfig:
 
     ``require_challenge`` takes only bundles that answer this verifier's own challenge within ``nonce_seconds``; an
     upload may last ``upload_seconds``, a check ``max_seconds`` once its turn has come. What has nothing new to say for
-    ``heartbeat_seconds`` says so. ``using`` is how replays run (see :class:`CheckPlan`).
+    ``heartbeat_seconds`` says so. ``using`` is how replays run and ``profile`` what they are judged by (see :class:`CheckPlan`).
     """
 
     key: PrivateKey
@@ -83,6 +84,7 @@ class VerifierConfig:
     listen: Listen = field(default_factory=Listen)
     host: Host = field(default_factory=Host)
     using: str = ""
+    profile: MeasuredProfile | None = None
     require_challenge: bool = False
     nonce_seconds: int = 6 * 3600
     upload_seconds: float = 3600.0
@@ -250,6 +252,7 @@ class VerifierServicer(audit_pb2_grpc.VerifierServicer):
             mode=_MODES[request.mode],
             row=require_short("row", request.row, MAX_SPEC_LENGTH),
             using=self._config.using,
+            profile=self._config.profile,
         )
 
     def _require_models(self, models: set[str]) -> None:

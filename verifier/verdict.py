@@ -32,7 +32,7 @@ MAX_PAYLOAD_BYTES = 5 << 20
 MAX_ENVELOPE_BYTES = 8 << 20  # base64 makes three bytes four
 _WAY_OUT = "check one row at a time (--row), or fewer references or configs"
 # What JSON takes for a distance, and for a pair of configs: measured, on the low side.
-_NUMBER_BYTES, _PAIR_BYTES = 18, 220
+_NUMBER_BYTES, _PAIR_BYTES = 18, 310
 _DEFAULT_MEMBERS = 8  # of a lineup that nobody chose: how many can run at least
 _LIMITS = Limits(manifest_bytes=MAX_ENVELOPE_BYTES, string=16 * 1024)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")

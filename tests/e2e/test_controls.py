@@ -25,7 +25,7 @@ from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.check import CheckPlan, CheckResult, check_bundle
 from fpforensics.verifier.intake import open_bundle
 
-CAPTURE = CapturePlan(layers=("1", "2", "last"), prefill_positions=8, top_k=8)
+CAPTURE = CapturePlan(layers=("1", "2", "4", "last"), prefill_positions=8, top_k=8)
 SAMPLING = Sampling(max_new_tokens=8)
 OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 

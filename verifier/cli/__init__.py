@@ -9,6 +9,11 @@ from fpforensics.common.cli import LazyGroup, completion_command, run
 COMMANDS = {
     "keygen": ("fpforensics.prover.cli.keygen:verifier_keygen", "Make the key that signs verdicts."),
     "check": ("fpforensics.verifier.cli.check:check", "Replay a bundle under a lineup and give a verdict."),
+    "calibrate": (
+        "fpforensics.verifier.cli.calibrate:calibrate",
+        "Learn from honest bundles what honest evidence measures.",
+    ),
+    "profile": ("fpforensics.verifier.cli.profile:profile", "Show what a calibration says."),
     "compare": ("fpforensics.verifier.cli.compare:compare", "Compare the full logits of two bundles."),
     "serve": ("fpforensics.verifier.cli.serve:serve", "Take bundles, check claims, publish signed verdicts over gRPC."),
     "session": ("fpforensics.verifier.cli.session:session", "Challenge a prover, fetch its bundle and check it."),

@@ -16,6 +16,7 @@ from fpforensics.common.errors import shorten
 if TYPE_CHECKING:
     from fpforensics.common.keys import PrivateKey
     from fpforensics.verifier.check import CheckPlan, CheckResult
+    from fpforensics.verifier.measured import MeasuredProfile
     from fpforensics.verifier.verdict import VerifiedVerdict
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,6 +53,41 @@ def claim_options(command: F) -> F:
     return command
 
 
+def profile_options(command: F) -> F:
+    """``--profile`` and ``--profile-key``: the calibration that decides where it was measured."""
+    for decorate in reversed(
+        (
+            click.option("--profile", "profile_path", type=click.Path(path_type=Path), help="Calibration to decide by, where it covers a row (see verifier calibrate). [default: the built-in one]"),
+            click.option("--profile-key", "profile_keys", multiple=True, type=click.Path(path_type=Path), help="Public key of whoever calibrated, or a folder of *.pub. Repeatable. [default: that of the key which signs here]"),
+        )
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+def read_profile_options(
+    path: Path | None, keys: tuple[Path, ...], own: PrivateKey | None = None
+) -> MeasuredProfile | None:
+    """The profile of :func:`profile_options`, before any replay; ``own`` is trusted where no key is named.
+
+    Provers' keys are not: whoever is judged must not say what honest evidence is.
+    """
+    from fpforensics.common.errors import UsageError
+    from fpforensics.common.keys import Keyring
+    from fpforensics.verifier.measured import load_profile
+
+    if path is None:
+        if keys:
+            raise UsageError("--profile-key without --profile", "name the profile that the key is for")
+        return None
+    if not keys and own is None:
+        raise UsageError(
+            "--profile without --profile-key",
+            "whose calibration do you trust? give the public key that it is signed with",
+        )
+    return load_profile(path, Keyring.from_paths(keys) if keys or own is None else Keyring([own.public]))
+
+
 def output_options(command: F) -> F:
     """``--json``, ``--html``, ``--png`` and ``--verdict``: what is left behind."""
     for decorate in reversed(
@@ -75,6 +111,7 @@ def brief_option(command: F) -> F:
 @click.argument("bundle", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--key", "keys", multiple=True, required=True, type=click.Path(path_type=Path), help="Trusted public key, or a folder of *.pub. Repeatable.")  # fmt: skip
 @claim_options
+@profile_options
 @click.option("--nonce", default=None, help="The challenge that this bundle must answer, in hex.")
 @output_options
 @click.option(
@@ -92,6 +129,8 @@ def check(
     mode: str,
     row: str,
     using: str,
+    profile_path: Path | None,
+    profile_keys: tuple[Path, ...],
     nonce: str | None,
     as_json: bool,
     html: Path | None,
@@ -110,6 +149,8 @@ def check(
     verifier check bundle.msgpack --key prover.key.pub --claim quant=none
     verifier check bundle.msgpack --key keys/ --claim attn=sdpa --lineup attn=eager --html report.html
     """
+    import msgspec
+
     from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring
     from fpforensics.verifier.check import check_bundle
@@ -117,9 +158,10 @@ def check(
     from fpforensics.verifier.verdict import require_signable
 
     plan = make_plan(claim, lineup, mode, row, using)
-    require_outputs(html, png, verdict_path, inputs=(bundle, sign, *keys))
+    require_outputs(html, png, verdict_path, inputs=(bundle, sign, profile_path, *keys, *profile_keys))
     require_renderers(html, png)
     signing_key = load_signing_key(sign, verdict_path)
+    plan = msgspec.structs.replace(plan, profile=read_profile_options(profile_path, profile_keys, signing_key))
     if nonce is not None and len(nonce) < MIN_NONCE_DIGITS:
         raise UsageError(f"nonce {shorten(nonce)!r}", f"a challenge has at least {MIN_NONCE_DIGITS} hex digits")
     host = make_host(device, python, env, model_paths)

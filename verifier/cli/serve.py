@@ -15,6 +15,7 @@ from fpforensics.common.netcli import (
     max_seconds_option,
     serve_until_stopped,
 )
+from fpforensics.verifier.cli.check import profile_options, read_profile_options
 
 
 @click.command()
@@ -29,6 +30,7 @@ from fpforensics.common.netcli import (
 @click.option(
     "--require-challenge", is_flag=True, help="Take only bundles that answer this verifier's own fresh challenge."
 )
+@profile_options
 @max_seconds_option("check")
 @listen_options(7342)
 @host_options
@@ -38,6 +40,8 @@ def serve(
     store: Path,
     using: str,
     require_challenge: bool,
+    profile_path: Path | None,
+    profile_keys: tuple[Path, ...],
     max_seconds: int,
     device: str,
     python: str,
@@ -57,13 +61,15 @@ def serve(
     from fpforensics.verifier.service import VerifierConfig, serve_verifier
 
     parse_config(using)
+    signing_key = load_private(key)
     config = VerifierConfig(
-        key=load_private(key),
+        key=signing_key,
         keyring=Keyring.from_paths(trust),
         store=store,
         listen=make_listen(listen),
         host=make_host(device, python, env, model_paths),
         using=using,
+        profile=read_profile_options(profile_path, profile_keys, signing_key),
         require_challenge=require_challenge,
         max_seconds=max_seconds,
     )

@@ -19,6 +19,8 @@ from fpforensics.verifier.cli.check import (
     load_signing_key,
     make_plan,
     output_options,
+    profile_options,
+    read_profile_options,
     require_answer,
     require_renderers,
 )
@@ -35,6 +37,7 @@ class SessionOptions(PlanOptions, AccessOptions):
 @click.option("--server-key", "server_keys", multiple=True, type=click.Path(path_type=Path), help="Public key that the server's verdicts are signed with. Repeatable.")  # fmt: skip
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Where to keep the bundle.")
 @claim_options
+@profile_options
 @output_options
 @click.option(
     "--sign", type=click.Path(path_type=Path), help="Key to sign a verdict given here with (see verifier keygen)."
@@ -54,6 +57,8 @@ def session(
     mode: str,
     row: str,
     using: str,
+    profile_path: Path | None,
+    profile_keys: tuple[Path, ...],
     as_json: bool,
     html: Path | None,
     png: Path | None,
@@ -74,6 +79,8 @@ def session(
         --server 127.0.0.1:7342 --server-key verifier.key.pub
     """
     import secrets
+
+    import msgspec
 
     from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring
@@ -97,11 +104,14 @@ def session(
         )
     )
     host = make_host(device, python, env, model_paths)
-    require_outputs(output, html, png, verdict_path)
+    require_outputs(output, html, png, verdict_path, inputs=(profile_path, *profile_keys))
     require_renderers(html, png)
     if server and plan.using:
         raise UsageError("--using with --server", "the server's operator chooses how replays run")
+    if server and (profile_path or profile_keys):
+        raise UsageError("--profile with --server", "the server's operator chooses what it decides by")
     signing_key = None if server else load_signing_key(sign, verdict_path)
+    plan = msgspec.structs.replace(plan, profile=read_profile_options(profile_path, profile_keys, signing_key))
     make_session_plan(options, "")  # what makes no sense is said before the prover is asked anything
     with progress_bar(quiet) as report, ProverClient(prover, access) as proving:
         require_known_signer(proving.describe(), keyring, prover)

@@ -16,6 +16,7 @@ from fpforensics.verifier.decision import MAX_FLOORS, MIN_RATIO, MemberScore, Ro
 from fpforensics.verifier.distance import Floats
 from fpforensics.verifier.environment_diff import mismatches
 from fpforensics.verifier.matrix import MatrixReport, PairSnr, Ratio, labels
+from fpforensics.verifier.pairs import PairDecision
 
 if TYPE_CHECKING:
     from fpforensics.verifier.check import CheckResult
@@ -100,6 +101,15 @@ def pair_scale(pair: PairSnr, unfit: Collection[str]) -> str:
     return labelled(pair.snr, pair.snr_infinite)
 
 
+def decided(decision: PairDecision | None) -> str:
+    """Our own verdict on a pair of configs, and the prompts that would resolve an open one."""
+    if decision is None:
+        return "—"
+    if decision.verdict == "UNRESOLVED" and decision.prompts_needed:
+        return f"UNRESOLVED, {decision.prompts_needed} prompts"
+    return decision.verdict
+
+
 def floors(value: float | None) -> str:
     """A distance in noise floors."""
     if value is None:
@@ -131,8 +141,9 @@ def log_scale(values: Floats) -> Floats:
 
 def calibrated(row: RowVerdict) -> str:
     """The profile that a row was decided by, at which level, on how much."""
+    digest = f" ({row.calibration_digest[:19]}…)" if row.calibration_digest else ""
     return (
-        f"Calibrated by {row.calibration}; level {row.alpha:g}; {row.references} prompts, "
+        f"Calibrated by {row.calibration}{digest}; level {row.alpha:g}; {row.references} prompts, "
         f"worth {row.positions} positions of one; p of the claim {_small(row.p_value)}"
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fpforensics.common.errors import MissingDependencyError
 from fpforensics.verifier.matrix import Table
-from fpforensics.verifier.report import SIGNAL_TITLES, clean, distance, fixed, floors, log_scale, snr
+from fpforensics.verifier.report import SIGNAL_TITLES, clean, decided, distance, fixed, floors, log_scale, snr
 
 if TYPE_CHECKING:
     import jinja2
@@ -82,5 +82,5 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"distance": distance, "fixed": fixed, "floors": floors, "breakable": breakable}
-    environment.globals |= {"titles": SIGNAL_TITLES, "snr": snr}
+    environment.globals |= {"titles": SIGNAL_TITLES, "snr": snr, "decided": decided}
     return environment

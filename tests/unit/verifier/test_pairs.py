@@ -10,7 +10,7 @@ import pytest
 from fpforensics.common.errors import UsageError
 from fpforensics.common.lab.reader import open_experiment
 from fpforensics.verifier.analysis import analyze
-from fpforensics.verifier.pairs import decide_aggregate, decide_pair, t_quantile, tolerance
+from fpforensics.verifier.pairs import decide_aggregate, decide_pair, decide_pairs, holm, t_quantile, tolerance
 
 LAB = Path(__file__).parents[4] / "shared" / "lab"
 # Published quantization study, prefill: per reference, rows awq, awq_marlin, gptq_marlin.
@@ -70,6 +70,20 @@ def test_without_noise_equality_decides() -> None:
     assert decide_pair([0.0, 0.2], [0.0, 0.0]).verdict == "UNRESOLVED"
 
 
+def test_a_ratio_beyond_float64_has_no_number() -> None:
+    """Rather than an overflow, or an infinity that JSON has no word for."""
+    for found in (
+        decide_pair([1e300], [1e-300]),
+        decide_pair([1e300, 1e301], [1e-300, 1e-301]),
+        decide_aggregate(1e300, 1e-300),
+    ):
+        assert (found.verdict, found.snr) == ("DETECTABLE", None)
+    assert decide_pair([1e308, 1e308], [0.0, 5e-324]).snr is None
+    assert decide_aggregate(1e-300, 1e300).verdict == "NOT_DETECTABLE"
+    assert decide_pair([3.0], [2.0]).snr == pytest.approx(1.5, rel=1e-12)
+    assert decide_aggregate(3.0, 2.0).snr == pytest.approx(1.5, rel=1e-12)
+
+
 def test_more_prompts_resolve_and_their_number_is_said() -> None:
     open_ = decide_pair([3.0, 4.0, 3.5], [1.0, 1.3, 0.9])
     assert open_.verdict == "UNRESOLVED"
@@ -101,6 +115,24 @@ def test_configs_that_are_the_same_are_hardly_ever_called_detectable(count: int)
         for _ in range(500)
     ]
     assert far.count("NOT_DETECTABLE") <= 0.08 * len(far), "an equivalence test errs at most one time in twenty"
+
+
+def test_holm_stops_at_the_first_that_fails() -> None:
+    assert holm([0.04, 0.001, 0.02]) == [1, 2, 0]
+    assert holm([0.04, 0.001, 0.03]) == [1], "0.03 > 0.05 / 2, and 0.04 comes after it"
+    assert holm([0.06]) == []
+    assert holm([]) == []
+
+
+def test_many_pairs_need_more_than_one_does() -> None:
+    rng = np.random.default_rng(1)
+    signal, noise = (4.3 * np.exp(rng.normal(0, 0.25, 8))).tolist(), np.exp(rng.normal(0, 0.25, 8)).tolist()
+    alike = (noise[::-1], noise)
+    assert decide_pair(signal, noise).verdict == "DETECTABLE"
+    together = decide_pairs([(signal, noise), *([alike] * 30)])
+    assert together[0].verdict == "UNRESOLVED"
+    assert together[0].prompts_needed is not None and together[0].prompts_needed > 8
+    assert {each.verdict for each in together[1:]} <= {"NOT_DETECTABLE", "UNRESOLVED"}
 
 
 def test_wrong_input_is_refused() -> None:

@@ -1,0 +1,111 @@
+"""The exact lane: on the prover's own machine the test is equality, and another kind of device cannot pass it honestly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from fpforensics.common.bundle import BundleWriter
+from fpforensics.common.config import ExecutionConfig, parse_config
+from fpforensics.common.engines import in_process
+from fpforensics.common.engines.base import Host
+from fpforensics.common.evidence import Evidence
+from fpforensics.common.keys import Keyring, PrivateKey
+from fpforensics.common.signals import CapturePlan, Sampling, Trace
+from fpforensics.prover.session import SessionPlan, run_session
+from fpforensics.verifier.check import CheckPlan, CheckResult, check_bundle
+from fpforensics.verifier.intake import open_bundle
+
+KEY = PrivateKey.from_seed(b"a test's key, nobody's secret :)")
+Forge = Callable[[Evidence], Evidence]
+
+
+@pytest.fixture(scope="module")
+def host(tiny_llama: Path) -> Host:
+    return Host(device="cpu", models={"tiny": str(tiny_llama)})
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory, host: Host) -> Path:
+    plan = SessionPlan(
+        configs=(parse_config("", ExecutionConfig(model="tiny")),),
+        references=2,
+        prompt_tokens=48,
+        capture=CapturePlan(layers=("1", "2", "4"), prefill_positions=4, top_k=4),
+        sampling=Sampling(max_new_tokens=4),
+        repetitions=2,
+    )
+    path = tmp_path_factory.mktemp("exact") / "honest.msgpack"
+    run_session(plan, host, KEY, path, start=in_process)
+    return path
+
+
+def forged(
+    honest: Path, path: Path, trace_of: Callable[[Trace], Trace] = lambda t: t, forge: Forge = lambda e: e
+) -> Path:
+    """The honest bundle with other numbers or another statement about them, signed again."""
+    with open_bundle(honest, Keyring([KEY.public])) as bundle, BundleWriter(path) as writer:
+        entries = tuple(writer.add_reference(reference) for reference in bundle.references())
+        (row,) = bundle.evidence.rows
+        traces = tuple(writer.add_trace(trace_of(bundle.trace(row, entry.id))) for entry in entries)
+        row = msgspec.structs.replace(row, traces=traces)
+        writer.finish(forge(msgspec.structs.replace(bundle.evidence, references=entries, rows=(row,))), KEY)
+    return path
+
+
+def one_bit(trace: Trace) -> Trace:
+    """The last bit of one number of one hidden state of the second reference."""
+    if trace.reference_id != "ref_1":
+        return trace
+    rows = trace.decode.hidden_states["2"].copy()
+    rows.view(np.uint16)[1, 5] ^= 1
+    return replace(trace, decode=replace(trace.decode, hidden_states={**trace.decode.hidden_states, "2": rows}))
+
+
+def on_a_gpu(evidence: Evidence) -> Evidence:
+    (row,) = evidence.rows
+    facts = msgspec.structs.replace(row.facts, device="cuda", gpu="NVIDIA H100 80GB HBM3")
+    return msgspec.structs.replace(evidence, rows=(msgspec.structs.replace(row, facts=facts),))
+
+
+def on_another_cpu(evidence: Evidence) -> Evidence:
+    return msgspec.structs.replace(evidence, environment=msgspec.structs.replace(evidence.environment, cpu="Other CPU"))
+
+
+def check(path: Path, host: Host) -> CheckResult:
+    plan = CheckPlan(claim="quant=none", lineup=("quant=bnb-nf4",))
+    with open_bundle(path, Keyring([KEY.public])) as bundle:
+        return check_bundle(bundle, plan, host, start=in_process)
+
+
+def test_equal_evidence_is_consistent(honest: Path, host: Host) -> None:
+    result = check(honest, host)
+    assert result.verdict == "CONSISTENT"
+    assert result.rows[0].reasons[0].startswith("bit-identical to ")
+
+
+def test_one_bit_is_one_too_many_and_the_first_difference_is_named(honest: Path, host: Host, tmp_path: Path) -> None:
+    result = check(forged(honest, tmp_path / "bit.msgpack", trace_of=one_bit), host)
+    assert result.verdict == "INCONSISTENT"
+    assert "this verifier's own hardware, software and kernels" in result.rows[0].reasons[0]
+    with open_bundle(honest, Keyring([KEY.public])) as bundle:
+        position = bundle.trace(bundle.evidence.rows[0], "ref_1").decode.positions[1]
+    assert f"at ref_1, decode, position {position}, hidden_states/2: |Δ| = " in result.rows[0].reasons[1]
+
+
+def test_another_machine_is_not_held_to_equality(honest: Path, host: Host, tmp_path: Path) -> None:
+    path = forged(honest, tmp_path / "other.msgpack", trace_of=one_bit, forge=on_another_cpu)
+    result = check(path, host)
+    assert result.verdict != "INCONSISTENT", result.rows[0].reasons
+    assert "hardware, software and kernels" not in str(result.rows[0].reasons)
+
+
+def test_a_gpu_that_rounds_like_this_cpu_is_too_good(honest: Path, host: Host, tmp_path: Path) -> None:
+    result = check(forged(honest, tmp_path / "gpu.msgpack", forge=on_a_gpu), host)
+    assert result.verdict == "INCONSISTENT"
+    assert "the bundle states NVIDIA H100 80GB HBM3: too good" in result.rows[0].reasons[0]

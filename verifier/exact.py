@@ -1,0 +1,83 @@
+"""The exact lane: where prover and verifier share hardware, software and kernels, honest evidence is equal bit for bit.
+
+What a bundle states of its machine is its signer's word. Whoever states this verifier's own setting is held to it:
+there the test is equality. Whoever states another kind of device must not be equal: no CPU rounds like a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from fpforensics.common.engines.base import EngineFacts, ReplayMode
+from fpforensics.common.evidence import Row
+from fpforensics.common.signals import Trace, first_divergence
+from fpforensics.verifier.environment_diff import Difference
+
+# One family rounds alike: measured for the H100 and H200 here, published for the others.
+FAMILIES = (("A100", "A800"), ("H100", "H200", "H800", "H20"))
+_MACHINE_ON_A_CPU = frozenset({"cpu", "cpu_count", "cpu_flags"})
+# Versions that take no part in any product.
+_NO_ARITHMETIC = frozenset({"python", "fpforensics", "numpy"})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one row's stated setting stands to this verifier's.
+
+    ``shared``: the same, and it repeats bit-exactly. ``apart``: another kind of device, by its name ``stated``.
+    ``first_difference`` says where the evidence stops being equal to the claimed config's replay; empty where it does not.
+    """
+
+    shared: bool = False
+    apart: bool = False
+    stated: str = ""
+    first_difference: str = ""
+
+
+UNKNOWN = Setting()
+"""Nothing known of it: equality proves, and its absence says nothing."""
+
+
+def setting_of(
+    row: Row, replayed: EngineFacts, differences: Iterable[Difference], mode: ReplayMode, first_difference: str
+) -> Setting:
+    """``differences`` compare the row's environment and facts with those of the claimed config's replay."""
+    stated = row.facts
+    return Setting(
+        shared=mode == "decode"
+        and row.repetitions.bit_identical
+        and row.repetitions.count > 1
+        and set(stated.batch_sizes) == set(replayed.batch_sizes)
+        and gpu_family(stated.gpu) == gpu_family(replayed.gpu)
+        and all(each.equal for each in differences if _decides_rounding(each, stated.device)),
+        apart=stated.device != replayed.device,
+        stated=stated.gpu or stated.device,
+        first_difference=first_difference,
+    )
+
+
+def gpu_family(name: str) -> str:
+    """The family whose members round alike, or the name itself."""
+    words = name.replace("-", " ").split()
+    return next((family[0] for family in FAMILIES if any(each in words for each in family)), name)
+
+
+def first_difference(claimed: Sequence[Trace], replayed: Sequence[Trace]) -> str:
+    """Where the traces first differ in any bit: reference, phase, position, tensor and size; empty where they never do."""
+    for ours, theirs in zip(claimed, replayed, strict=True):
+        found = first_divergence(_compared(ours), _compared(theirs))
+        if found is not None:
+            return str(found)
+    return ""
+
+
+def _compared(trace: Trace) -> Trace:
+    """Without whole logits, which replays do not capture."""
+    return replace(trace, prefill=replace(trace.prefill, logits=None), decode=replace(trace.decode, logits=None))
+
+
+def _decides_rounding(each: Difference, device: str) -> bool:
+    if each.kind == "hardware":
+        return device == "cpu" and each.name in _MACHINE_ON_A_CPU
+    return each.name not in _NO_ARITHMETIC

@@ -1,0 +1,129 @@
+"""From honest prompts to the pools that new evidence is held against.
+
+Shared by ``verifier calibrate`` and by ``bench/decision.py``, which made the built-in profile. Shapes: N members of the
+lineup, C cells of :data:`fpforensics.verifier.score.EARLY`, P positions of one prompt (prefill first, then decode).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fpforensics.verifier.profile import Pool
+from fpforensics.verifier.score import Scores, scores_of
+
+WINDOWS = 8
+"""Windows of one prompt in a pool, at most."""
+POSITIONS = (1, 3, 16, 64, 256, 1024)
+"""Numbers of positions that get a pool, as far as the prompts reach."""
+Window = tuple[slice, slice]
+"""Positions of prefill and of decode, both counted from the prompt's first."""
+DIGITS = 4
+_LEAST = 1e-12
+
+
+@dataclass(frozen=True)
+class HonestPrompt:
+    """One prompt of one honest row: its distances at every position, in the early cells.
+
+    ``own`` names the member that the row is, ``base`` the one in whose noise floors distances are counted (itself, but for
+    weights that have no floor of their own), ``rivals`` those that its margin is measured over. ``units`` is NaN for members
+    of other weights than the anchor's. Prompts of one ``key`` are one prompt.
+    """
+
+    key: str
+    own: str
+    base: str
+    rivals: tuple[str, ...]
+    names: tuple[str, ...]
+    distances: Any  # (N, C, P), evidence to each member's replay
+    units: Any  # (N, C, P), each member's replay to the anchor's
+    to_anchor: Any  # (C, P), evidence to the anchor's replay
+    decode: int = 0  # how many of the P are decode's
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return int(self.to_anchor.shape[-1])
+
+    @property
+    def whole(self) -> Window:
+        """Every position."""
+        prefill = self.positions - self.decode
+        return slice(0, prefill), slice(prefill, self.positions)
+
+    def scores(self, window: Window) -> Scores:
+        """What the decision would see of these positions alone."""
+        first, second = window
+        distances, units, anchor = (
+            each[..., first].sum(-1) + each[..., second].sum(-1)
+            for each in (self.distances, self.units, self.to_anchor)
+        )
+        count = first.stop - first.start + second.stop - second.start
+        return scores_of(
+            self.names, self.base, count, distances[:, None], units[:, None], anchor[None], references=(self.key,)
+        )
+
+
+def windows(count: int, prefill: int, decode: int = 0) -> list[Window]:
+    """Up to :data:`WINDOWS` windows of ``count`` positions, spread over a prompt of ``prefill`` and ``decode`` ones.
+
+    Each takes its share from either phase, since they do not scatter alike; shares that are no whole number come out right
+    on average.
+    """
+    length = prefill + decode
+    number = min(WINDOWS, length // count)
+    found = []
+    for index in range(number):
+        of_decode = math.floor(count * decode / length + (index + 0.5) / number)
+        of_decode = min(max(of_decode, count - prefill), decode)
+        of_prefill = count - of_decode
+        first, second = (
+            round(float(np.linspace(0, many - taken, number)[index]))
+            for many, taken in ((prefill, of_prefill), (decode, of_decode))
+        )
+        found.append((slice(first, first + of_prefill), slice(prefill + second, prefill + second + of_decode)))
+    return found
+
+
+def make_pool(prompts: Sequence[HonestPrompt], count: int) -> Pool:
+    """The pool of ``count`` positions; every prompt holds at least as many. Without rivals it has no margins."""
+    floors: list[float] = []
+    noise: list[float] = []
+    margin: list[float] = []
+    noisy: set[str] = set()
+    for prompt in prompts:
+        for window in windows(count, prompt.positions - prompt.decode, prompt.decode):
+            scores = prompt.scores(window)
+            floors.append(scores.floors[prompt.own])
+            if prompt.own in scores.noise:
+                noise.append(scores.noise[prompt.own])
+                noisy.add(prompt.key)
+            if prompt.rivals:
+                nearest = min(scores.distance[each] for each in prompt.rivals)
+                margin.append(math.log(max(nearest, _LEAST) / max(scores.distance[prompt.own], _LEAST)))
+    return Pool(
+        positions=count,
+        prompts=len({prompt.key for prompt in prompts}),
+        noise_prompts=len(noisy),
+        floors=_ascending(floors),
+        noise=_ascending(noise),
+        margin=_ascending(margin),
+    )
+
+
+def ladder(prompts: Sequence[HonestPrompt]) -> list[int]:
+    """Numbers of positions to make pools of: those of :data:`POSITIONS` that every prompt holds, and all that every one does.
+
+    Every pool holds every prompt: one of fewer prompts could reject less, and would be chosen for having more positions.
+    """
+    most = min(prompt.positions for prompt in prompts)
+    return sorted({*(count for count in POSITIONS if count <= most), most})
+
+
+def _ascending(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(sorted(round(float(value), DIGITS) for value in values))
