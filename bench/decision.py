@@ -37,6 +37,7 @@ OWN = {"attn=sdpa_flash": SDPA, "attn=sdpa_math": SDPA, "attn=sdpa_cudnn": SDPA,
 TWINS = ("attn=sdpa_cudnn", "batch=2", "batch=4")
 PROFILED = ("dtype=fp16", "quant=torchao-int8", "attn=sdpa_flash", "attn=sdpa_math", *KERNELS)
 POSITIONS = (1, 3, 16, 64)
+POOLED = (1, 3, 8, 16, 64)
 PREFILL = 64
 MODEL = "smollm2-135m"
 WEIGHTS = "sha256:a2d61b15b0c52eca4c3b5264cda8173319788c03189d63c8d2898317d6e562d7"
@@ -187,7 +188,7 @@ def build_profile(directions: Sequence[Direction], without: int | None = None) -
         batch_sizes=(1, 2, 4),
         emulated_tensor_parallel=(1, 2, 4),
         matmuls=("native",),
-        pools=tuple(build_pool(directions, count, without) for count in POSITIONS),
+        pools=tuple(build_pool(directions, count, without) for count in POOLED),
     )
 
 

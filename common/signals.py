@@ -61,6 +61,16 @@ class CapturePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     full_logits: bool = False
 
 
+def generation_positions(prompt_length: int, output_length: int, plan: CapturePlan) -> tuple[Array, Array]:
+    """Absolute positions that a plan captures, (M,) int32 each: the last of the prompt, and of the generated
+    tokens fed.
+    """
+    first = max(0, prompt_length - plan.prefill_positions)
+    end = prompt_length + output_length - 1
+    start = prompt_length if plan.decode_positions == 0 else max(prompt_length, end - plan.decode_positions)
+    return np.arange(first, prompt_length, dtype=np.int32), np.arange(start, end, dtype=np.int32)
+
+
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How tokens are chosen. ``temperature`` 0 is greedy; otherwise Gumbel-max with noise from Philox keyed by
     (``seed``, reference, step), so that a verifier can draw the same noise."""

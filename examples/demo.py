@@ -159,7 +159,7 @@ def ask(prover: str, verifier: str, name: str, config: str, *options: object) ->
     """One session through both services; prints what was signed and the verdict, and returns its outcome."""
     said = run(
         "verifier", "session", "--prover", prover, "--server", verifier, "--server-key", OUT / "verifier.key.pub",
-        "--key", OUT / "prover.key.pub", "--config", config, "--claim", "quant=none", "--replay", "prefill",
+        "--key", OUT / "prover.key.pub", "--same-prompts", "--config", config, "--claim", "quant=none", "--replay", "prefill",
         "--output", OUT / f"{name}.msgpack", "--verdict", OUT / f"{name}.verdict.json",
         "--html", OUT / f"{name}.html", "--png", OUT / f"{name}.png", "--json", *options,
         accepted=(0, 1, 3),

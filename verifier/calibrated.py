@@ -5,7 +5,8 @@ In order, after equality has been looked at (rules 0 to 2 of :mod:`fpforensics.v
  3. Honest evidence of the claimed config would look like this at most α of the time: INCONSISTENT.
  4. It states another kind of device, and is nearer than honest evidence from one: INCONCLUSIVE, too good to vouch for. Nothing in
     the lineup contradicts the claim: INCONCLUSIVE, or CONSISTENT for a claim about identity alone.
- 5. Every member that contradicts the claim is rejected, each at α: CONSISTENT.
+ 5. Every member that contradicts the claim is rejected, each at α: CONSISTENT, unless a prompt or a phase alone is unlike any honest
+    evidence (a limit, without an error rate).
  6. Otherwise INCONCLUSIVE, naming those that remain.
 
 So an honest claim comes out INCONSISTENT at most α of the time, and a false one CONSISTENT at most α of the time when what
@@ -14,11 +15,19 @@ really ran is in the lineup: as far as the profile's honest prompts speak for th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fpforensics.verifier.lanes import ALPHA, Tested, prompt_margins, prompts_to_settle, rivals_of, test_member
+from fpforensics.verifier.lanes import (
+    ALPHA,
+    Tested,
+    margin_of,
+    prompt_margins,
+    prompts_to_settle,
+    rivals_of,
+    test_member,
+)
 from fpforensics.verifier.matrix import Classes
 from fpforensics.verifier.profile import Pool
 from fpforensics.verifier.score import Scores
@@ -29,8 +38,31 @@ FAR = 2.0
 FAR_FROM_WIDER = 0.5
 """The same for a config of a wider dtype than the claimed one: what it computes lies at its own replay, hardly a floor away."""
 
+_MOST_NAMED = 4
 ENOUGH = 16
 """Positions below which evidence scatters too much for the limit on wider dtypes."""
+
+
+OUTLYING = 0.1
+"""By how much a part (one prompt, one phase) must leave the range of all honest ones before it keeps the whole from being CONSISTENT:
+in noise floors, and in the logarithm of the margin."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One prompt or one phase of the evidence, alone, and the pool of as many positions."""
+
+    name: str
+    scores: Scores
+    pool: Pool
+
+    def outlying(self, claimed: str, same: Collection[str], rivals: Collection[str]) -> bool:
+        """Whether no honest evidence was so far from its own replay, or so much nearer to another."""
+        if self.scores.floors[claimed] > self.pool.floors[-1] + OUTLYING:
+            return True
+        if not rivals or not self.pool.margin:
+            return False
+        return margin_of(self.scores.distance, [claimed, *same], rivals) < self.pool.margin[0] - OUTLYING
 
 
 @dataclass(frozen=True)
@@ -51,6 +83,7 @@ class Calibration:
     alpha: float = ALPHA
     pools: Mapping[str, Pool] | None = None
     against: Mapping[str, Collection[str]] | None = None
+    parts: Sequence[Part] = ()
 
     def pool_of(self, name: str) -> Pool:
         """The pool that ``name`` is held against."""
@@ -113,6 +146,10 @@ def judge(
             )
         return Judgement("INCONCLUSIVE", (resting, f"{unopposed}: add one that does"), claim.p, tested)
     remain = [name for name in contradicting if not tested[name].rejected(alpha)]
+    odd = [part.name for part in calibration.parts if part.outlying(claimed, others, rivals)]
+    if not remain and odd:
+        said = f"alone, {', '.join(odd[:_MOST_NAMED])} would be unlike any honest evidence: the whole hides it, but is not vouched for"
+        return Judgement("INCONCLUSIVE", (resting, said), claim.p, tested)
     if not remain:
         worst = max(contradicting, key=lambda name: tested[name].p)
         said = f"every member that contradicts the claim is rejected; the last one to be is {worst} ({_p(tested[worst])}, {tested[worst].lane} lane)"

@@ -30,6 +30,7 @@ from fpforensics.common.environment import Environment, describe_environment
 from fpforensics.common.errors import LimitError, UnknownModelError, UsageError, did_you_mean, shorten
 from fpforensics.common.evidence import Row
 from fpforensics.common.models import resolve_model, vocab_size, weights_digest
+from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.collector import ANCHOR_PREFIX, Checked, Collector, MemberReport
 from fpforensics.verifier.coverage import cover, scopes_of
 from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows, decide_row
@@ -201,6 +202,7 @@ def replay_bundle(
     for each in checked:
         _require_known_model(each, plan, host)
     _require_bounded(bundle, members, rows)
+    require_coherent(bundle, [each.row for each in checked])
     members = _pinned(members, host)
     collected = collect(bundle, checked)
     # Anchors first: the others' own noise is measured against them.

@@ -127,11 +127,30 @@ class Collector:
 
         The unit is the prompt: a reference that repeats an earlier one's prompt does not count.
         """
+        return self._scores(each, self._distinct(), PHASES)
+
+    def parts(self, each: Checked) -> dict[str, Scores]:
+        """The same of each prompt alone and of each phase alone, where there are several: a lie in one must not hide among the rest."""
+        prompts = self._distinct()
+        named: list[tuple[str, list[str], tuple[Phase, ...]]] = [(name, [name], PHASES) for name in prompts]
+        counts = position_counts(each.row)
+        phases: list[Phase] = [phase for phase in PHASES if all(counts[name][phase] for name in prompts)]
+        named = (named if len(prompts) > 1 else []) + [
+            (phase, prompts, (phase,)) for phase in phases if len(phases) > 1
+        ]
+        found = {name: self._scores(each, references, of) for name, references, of in named}
+        return {name: scores for name, scores in found.items() if scores is not None}
+
+    def _distinct(self) -> list[str]:
+        """References whose prompts differ, in order."""
+        first = {entry.prompt_ids.sha256: entry.id for entry in reversed(self._bundle.evidence.references)}
+        return list(reversed(first.values()))
+
+    def _scores(self, each: Checked, prompts: Sequence[str], phases: Sequence[Phase]) -> Scores | None:
         if each.anchor is None or (each.label, each.anchor) not in self._noise:
             return None
-        distinct = {entry.prompt_ids.sha256: entry.id for entry in reversed(self._bundle.evidence.references)}.values()
         distances = {
-            name: {reference: cells for reference, cells in found.items() if reference in distinct}
+            name: {reference: found[reference] for reference in prompts}
             for (label, name), found in self._distances.items()
             if label == each.label
         }
@@ -145,7 +164,9 @@ class Collector:
             distances=distances,
             own_noise=own,
             to_anchor=self._noise[each.label, each.anchor],
-            counts=position_counts(each.row),
+            counts={
+                name: {phase: count[phase] for phase in phases} for name, count in position_counts(each.row).items()
+            },
         )
 
     def prompt_tokens(self) -> tuple[int, int]:

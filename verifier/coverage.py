@@ -7,8 +7,9 @@ every model and all hardware, and the verdict says where that is an extrapolatio
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -16,12 +17,12 @@ import msgspec
 from fpforensics.common.config import ExecutionConfig, config_id
 from fpforensics.common.environment import Environment
 from fpforensics.common.errors import shorten
-from fpforensics.verifier.calibrated import Calibration
+from fpforensics.verifier.calibrated import Calibration, Part
 from fpforensics.verifier.collector import Checked, Collector, kind_of, position_counts
 from fpforensics.verifier.decision import RowVerdict
 from fpforensics.verifier.lanes import ALPHA, LANES
 from fpforensics.verifier.measured import Measured, MeasuredProfile
-from fpforensics.verifier.profile import built_in_digest, built_in_profile
+from fpforensics.verifier.profile import Pool, built_in_digest, built_in_profile
 from fpforensics.verifier.scope import Scope, detail_differences, platform_of
 from fpforensics.verifier.score import Scores
 
@@ -65,10 +66,13 @@ def cover(
     if profile is not None:
         found = _by_measured(scores, each, profile, scopes, share, collected.prompt_tokens())
         if found is not None:
-            return found
+            entry = profile.find(scopes[each.label], share)
+            assert entry is not None, "it covers the claimed config"
+            return _with_parts(found, collected.parts(each), entry.pool)
         missing = "; ".join(profile.missing(scopes[each.label], share)) or "fewer positions than it has pools for"
         unused = f"profile {profile.content.name} does not cover this: {missing}"
-    return _by_built_in(scores, each, scopes, share, unused)
+    found = _by_built_in(scores, each, scopes, share, unused)
+    return _with_parts(found, collected.parts(each), built_in_profile().pool)
 
 
 def scopes_of(
@@ -116,6 +120,16 @@ def decode_share(each: Checked) -> float:
     """How much of a row's positions are generated ones."""
     counts = position_counts(each.row).values()
     return sum(count["decode"] for count in counts) / sum(sum(count.values()) for count in counts)
+
+
+def _with_parts(found: Coverage, parts: Mapping[str, Scores], pool_of: Callable[[int], Pool | None]) -> Coverage:
+    """``found`` with each prompt and each phase, to be looked at alone too."""
+    if found.calibration is None:
+        return found
+    held = tuple(
+        Part(name, scores, pool) for name, scores in parts.items() if (pool := pool_of(scores.positions)) is not None
+    )
+    return dataclasses.replace(found, calibration=dataclasses.replace(found.calibration, parts=held))
 
 
 def _by_measured(

@@ -57,7 +57,7 @@ def test_member(
         if name in scores.noise:
             found.append((pool.p_noise(scores.noise[name]), "noise", scores.noise[name]))
     if rivals:
-        margin = _margin(scores.distance, [name, *same], rivals)
+        margin = margin_of(scores.distance, [name, *same], rivals)
         p = pool.p_margin(margin) if covered else sign_test(prompt_margins([name, *same], scores, rivals))
         found.append((p, "lineup", margin))
     if not found:
@@ -69,12 +69,12 @@ def test_member(
 def prompt_margins(names: Sequence[str], scores: Scores, rivals: Collection[str]) -> list[float]:
     """The margin of each prompt alone."""
     return [
-        _margin({name: scores.by_prompt[name][index] for name in (*names, *rivals)}, names, rivals)
+        margin_of({name: scores.by_prompt[name][index] for name in (*names, *rivals)}, names, rivals)
         for index in range(len(scores.references))
     ]
 
 
-def _margin(distance: Mapping[str, float], names: Sequence[str], rivals: Collection[str]) -> float:
+def margin_of(distance: Mapping[str, float], names: Sequence[str], rivals: Collection[str]) -> float:
     """log(distance to the nearest rival / distance to the nearest of ``names``)."""
     nearest = max(min(distance[name] for name in names), _LEAST)
     return math.log(max(min(distance[rival] for rival in rivals), _LEAST) / nearest)

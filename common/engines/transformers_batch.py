@@ -29,16 +29,6 @@ def with_neighbours(ids: Array, batch_size: int, vocab_size: int) -> Array:
     return np.stack(rows)
 
 
-def generation_positions(prompt_length: int, output_length: int, plan: CapturePlan) -> tuple[Array, Array]:
-    """Absolute positions that a plan captures, (M,) int32 each: the last of the prompt, and of the generated
-    tokens fed.
-    """
-    first = max(0, prompt_length - plan.prefill_positions)
-    end = prompt_length + output_length - 1
-    start = prompt_length if plan.decode_positions == 0 else max(prompt_length, end - plan.decode_positions)
-    return np.arange(first, prompt_length, dtype=np.int32), np.arange(start, end, dtype=np.int32)
-
-
 def check_plan(plan: CapturePlan) -> None:
     """Raise :class:`UsageError` for counts that mean nothing."""
     for name, least in (("prefill_positions", 0), ("decode_positions", 0), ("top_k", 1)):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from fpforensics.common.config import ExecutionConfig
-from fpforensics.common.engines.transformers_batch import generation_positions, phase_request, with_neighbours
+from fpforensics.common.engines.transformers_batch import phase_request, with_neighbours
 from fpforensics.common.engines.transformers_capture import (
     BlockTaps,
     PhaseRecorder,
@@ -30,7 +30,16 @@ from fpforensics.common.engines.transformers_capture import (
 from fpforensics.common.engines.transformers_kernels import KernelWatch, attention_backend
 from fpforensics.common.errors import ReplayError
 from fpforensics.common.sampling import choose
-from fpforensics.common.signals import Array, CapturePlan, Forcing, Phase, Reference, Sampling, Trace
+from fpforensics.common.signals import (
+    Array,
+    CapturePlan,
+    Forcing,
+    Phase,
+    Reference,
+    Sampling,
+    Trace,
+    generation_positions,
+)
 
 Chooser = Callable[[torch.Tensor, int], torch.Tensor]
 """(log-probabilities (V,), step) -> the token id () on the device."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +17,7 @@ from fpforensics.verifier.calibrated import Calibration, Verdict, judge
 from fpforensics.verifier.profile import built_in_profile
 from fpforensics.verifier.score import EARLY, scores_of, worth_in_positions
 
-DISTANCES = Path(__file__).parents[1] / "assets" / "h100" / "distances.npz"
+BENCH = Path(__file__).parents[2] / "bench" / "decision.py"
 SDPA, EAGER = "attn=sdpa,dtype=bf16", "attn=eager"
 PROMPTS, POSITIONS = 24, 64
 
@@ -52,9 +57,19 @@ def verdicts(ran: str, claimed: str, *, prompts: int, positions: int, picked: bo
 
 
 def _recorded(kind: str, row: str, member: str) -> Array:
-    """(prompts, early cells, positions): 128 · log2 in 16 bits, -32767 for zero."""
-    with np.load(DISTANCES) as data:
-        rows, members, cells = (data[f"h100-on-cpu.{name}"].tolist() for name in ("rows", "members", "cells"))
-        codes = data[f"h100-on-cpu.{kind}"][rows.index(row), members.index(member)]
-    early = codes[:, [cells.index(f"{key.signal}/{key.layer}") for key in EARLY]]
-    return np.where(early == -32767, 0.0, np.exp2(early / 128))
+    """(prompts, early cells, positions)."""
+    recorded = _directions()[0]
+    columns = [recorded.cells.index(f"{key.signal}/{key.layer}") for key in EARLY]
+    every: Array = getattr(recorded, kind)[recorded.rows.index(row), recorded.members.index(member)]
+    return every[:, columns]
+
+
+@cache
+def _directions() -> Any:
+    """What ``bench/decision.py`` reads: first an H100's evidence on a CPU."""
+    spec = importlib.util.spec_from_file_location("bench_decision", BENCH)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules["bench_decision"] = module
+    spec.loader.exec_module(module)
+    return module.load()

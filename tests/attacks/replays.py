@@ -64,7 +64,7 @@ class Replays:
                     return array
                 known = held.phase(phase)
                 assert known.logits is not None
-                rows = known.logits[np.searchsorted(known.positions, trace.phase(phase).positions)].astype(np.float32)
+                rows = known.logits[np.searchsorted(known.positions, trace.phase(phase).positions)]
                 return np.argsort(-rows, axis=1, kind="stable")[:, : array.shape[1]].astype(np.int32)
 
             return changed(trace, listed, every=True)
@@ -90,7 +90,7 @@ class Replays:
             with _opened(how, self.host) as engine:
                 whole = CapturePlan(layers=LAYERS, full_logits=True)
                 traces = engine.teacher_force(list(new.values()), whole, "prefill")
-                self._traces.update(zip(new, traces, strict=True))
+                self._traces.update(zip(new, map(_known, traces), strict=True))
                 self._facts[how] = engine.facts()
         return [_selected(self._traces[key], forcing, capture) for key, forcing in zip(keys, forcings, strict=True)]
 
@@ -159,11 +159,24 @@ def _superset(forcing: Forcing, known: Sequence[Forcing | Trace]) -> Forcing:
     return replace(forcing, positions=positions, claimed_ids=ids)
 
 
-def _selected(trace: Trace, forcing: Forcing, capture: CapturePlan) -> Trace:
-    """``trace`` at the forcing's positions, ids and the plan's layers, without whole logits."""
+def _known(trace: Trace) -> Trace:
+    """``trace`` with the log-probabilities of the whole vocabulary in place of logits."""
     import torch
 
     from fpforensics.common.engines.transformers_capture import log_probabilities
+
+    def one(held: PhaseTrace) -> PhaseTrace:
+        if held.logits is None:
+            return held
+        # bfloat16 and float16 widen to float32 without a change, as the engine itself widens them
+        wide = held.logits if held.logits.itemsize == 8 else held.logits.astype(np.float32)
+        return replace(held, logits=log_probabilities(torch.from_numpy(wide)).numpy())
+
+    return replace(trace, prefill=one(trace.prefill), decode=one(trace.decode))
+
+
+def _selected(trace: Trace, forcing: Forcing, capture: CapturePlan) -> Trace:
+    """A known trace at the forcing's positions, ids and the plan's layers."""
 
     def one(phase: Phase) -> PhaseTrace:
         held, ids = trace.phase(phase), forcing.claimed_ids[phase]
@@ -171,10 +184,7 @@ def _selected(trace: Trace, forcing: Forcing, capture: CapturePlan) -> Trace:
         logprobs = np.zeros(ids.shape, np.float32)
         if len(rows):
             assert held.logits is not None
-            bits: Any = held.logits[rows]
-            # bfloat16 and float16 widen to float32 without a change, as the engine itself widens them
-            wide = log_probabilities(torch.from_numpy(bits.astype(np.float64 if bits.itemsize == 8 else np.float32)))
-            logprobs = wide.gather(-1, torch.from_numpy(ids.astype(np.int64))).numpy()
+            logprobs = held.logits[rows[:, None], ids]
         return PhaseTrace(
             positions=held.positions[rows],
             logprob_ids=ids,

@@ -12,7 +12,7 @@ from fpforensics.common.cli_specs import SpecCommand, complete_lineup, complete_
 
 @click.command(cls=SpecCommand)
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--key", "keys", multiple=True, required=True, type=click.Path(path_type=Path), help="Trusted public key of an honest prover, or a folder of *.pub. Repeatable.")  # fmt: skip
+@click.option("--key", multiple=True, required=True, type=click.Path(path_type=Path), help="Trusted public key of an honest prover, or a folder of *.pub. Repeatable.")  # fmt: skip
 @click.option("--sign", required=True, type=click.Path(path_type=Path), help="Key to sign the profile with (see verifier keygen).")  # fmt: skip
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Where to write the profile.")
 @click.option("--name", default="", help="What verdicts call it. [default: the file's name]")
@@ -25,7 +25,7 @@ from fpforensics.common.cli_specs import SpecCommand, complete_lineup, complete_
 @quiet_option
 def calibrate(
     bundles: tuple[Path, ...],
-    keys: tuple[Path, ...],
+    key: tuple[Path, ...],
     sign: Path,
     output: Path,
     name: str,
@@ -66,11 +66,11 @@ def calibrate(
     if not name.isprintable() or len(name) > MAX_NAME:
         raise UsageError(f"--name of {len(name)} characters", f"1 to {MAX_NAME}, all printable")
     plan = make_plan("", lineup, mode, row, using)
-    require_outputs(output, inputs=(*bundles, sign, *keys))
+    require_outputs(output, inputs=(*bundles, sign, *key))
     signing_key = load_private(sign)
     host = make_host(device, python, env, model_paths)
     with progress_bar(quiet) as report:
-        made = measure(bundles, Keyring.from_paths(keys), plan, host, name, report)
+        made = measure(bundles, Keyring.from_paths(key), plan, host, name, report)
     data = envelope.to_json(sign_profile(made.content, made.bundles, signing_key))
     output.write_bytes(data)
     for remark in () if quiet else made.remarks:

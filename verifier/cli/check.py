@@ -57,8 +57,8 @@ def profile_options(command: F) -> F:
     """``--profile`` and ``--profile-key``: the calibration that decides where it was measured."""
     for decorate in reversed(
         (
-            click.option("--profile", "profile_path", type=click.Path(path_type=Path), help="Calibration to decide by, where it covers a row (see verifier calibrate). [default: the built-in one]"),
-            click.option("--profile-key", "profile_keys", multiple=True, type=click.Path(path_type=Path), help="Public key of whoever calibrated, or a folder of *.pub. Repeatable. [default: that of the key which signs here]"),
+            click.option("--profile", type=click.Path(path_type=Path), help="Calibration to decide by, where it covers a row (see verifier calibrate). [default: the built-in one]"),
+            click.option("--profile-key", multiple=True, type=click.Path(path_type=Path), help="Public key of whoever calibrated, or a folder of *.pub. Repeatable. [default: that of the key which signs here]"),
         )
     ):  # fmt: skip
         command = decorate(command)
@@ -129,8 +129,8 @@ def check(
     mode: str,
     row: str,
     using: str,
-    profile_path: Path | None,
-    profile_keys: tuple[Path, ...],
+    profile: Path | None,
+    profile_key: tuple[Path, ...],
     nonce: str | None,
     as_json: bool,
     html: Path | None,
@@ -158,10 +158,10 @@ def check(
     from fpforensics.verifier.verdict import require_signable
 
     plan = make_plan(claim, lineup, mode, row, using)
-    require_outputs(html, png, verdict_path, inputs=(bundle, sign, profile_path, *keys, *profile_keys))
+    require_outputs(html, png, verdict_path, inputs=(bundle, sign, profile, *keys, *profile_key))
     require_renderers(html, png)
     signing_key = load_signing_key(sign, verdict_path)
-    plan = msgspec.structs.replace(plan, profile=read_profile_options(profile_path, profile_keys, signing_key))
+    plan = msgspec.structs.replace(plan, profile=read_profile_options(profile, profile_key, signing_key))
     if nonce is not None and len(nonce) < MIN_NONCE_DIGITS:
         raise UsageError(f"nonce {shorten(nonce)!r}", f"a challenge has at least {MIN_NONCE_DIGITS} hex digits")
     host = make_host(device, python, env, model_paths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -25,6 +25,11 @@ from fpforensics.verifier.cli.check import (
     require_renderers,
 )
 
+if TYPE_CHECKING:
+    from fpforensics.common.engines.base import Host
+    from fpforensics.prover.session import SessionPlan
+    from fpforensics.verifier.intake import VerifiedBundle
+
 
 class SessionOptions(PlanOptions, AccessOptions):
     """What click passes on unnamed."""
@@ -42,6 +47,11 @@ class SessionOptions(PlanOptions, AccessOptions):
 @click.option(
     "--sign", type=click.Path(path_type=Path), help="Key to sign a verdict given here with (see verifier keygen)."
 )
+@click.option(
+    "--fresh/--same-prompts",
+    default=True,
+    help="Cut prompts from the built-in corpus at places that the challenge chooses, or the same ones each time.  [default: fresh]",
+)
 @plan_options
 @access_options
 @host_options
@@ -57,8 +67,9 @@ def session(
     mode: str,
     row: str,
     using: str,
-    profile_path: Path | None,
-    profile_keys: tuple[Path, ...],
+    profile: Path | None,
+    profile_key: tuple[Path, ...],
+    fresh: bool,
     as_json: bool,
     html: Path | None,
     png: Path | None,
@@ -84,10 +95,12 @@ def session(
 
     from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring
+    from fpforensics.common.models import resolve_model
     from fpforensics.prover.client import ProverClient, require_known_signer
     from fpforensics.verifier.answer import require_as_asked
     from fpforensics.verifier.check import check_bundle
     from fpforensics.verifier.client import VerifierClient
+    from fpforensics.verifier.fresh import require_prompts, with_texts
     from fpforensics.verifier.intake import open_bundle
     from fpforensics.verifier.verdict import open_verdict, require_signable
 
@@ -104,33 +117,37 @@ def session(
         )
     )
     host = make_host(device, python, env, model_paths)
-    require_outputs(output, html, png, verdict_path, inputs=(profile_path, *profile_keys))
+    require_outputs(output, html, png, verdict_path, inputs=(profile, *profile_key))
     require_renderers(html, png)
     if server and plan.using:
         raise UsageError("--using with --server", "the server's operator chooses how replays run")
-    if server and (profile_path or profile_keys):
+    if server and (profile or profile_key):
         raise UsageError("--profile with --server", "the server's operator chooses what it decides by")
     signing_key = None if server else load_signing_key(sign, verdict_path)
-    plan = msgspec.structs.replace(plan, profile=read_profile_options(profile_path, profile_keys, signing_key))
-    make_session_plan(options, "")  # what makes no sense is said before the prover is asked anything
+    plan = msgspec.structs.replace(plan, profile=read_profile_options(profile, profile_key, signing_key))
+    with_texts(
+        make_session_plan(options, "00"), fresh=fresh
+    )  # what makes no sense is said before the prover is asked anything
     with progress_bar(quiet) as report, ProverClient(prover, access) as proving:
         require_known_signer(proving.describe(), keyring, prover)
         if not server:
-            asked = make_session_plan(options, secrets.token_hex(32))
+            asked = with_texts(make_session_plan(options, secrets.token_hex(32)), fresh=fresh)
             proving.run_session(asked, output, report=report)
             with open_bundle(output, keyring, expected_nonce=asked.nonce) as bundle:
                 bundle.verify_all()
                 require_as_asked(bundle, asked)
+                require_prompts(bundle, asked, resolve_model(asked.configs[0].model, models=host.models).path)
                 if signing_key is not None:
                     require_signable(bundle.evidence, plan)
                 result = check_bundle(bundle, plan, host, report)
         else:
             with VerifierClient(server, access) as verifying:
-                asked = make_session_plan(options, verifying.request_nonce())
+                asked = with_texts(make_session_plan(options, verifying.request_nonce()), fresh=fresh)
                 proving.run_session(asked, output, report=report)
                 # Ours to look at before it is passed on: a bundle that we would refuse is not worth a server's time.
                 with open_bundle(output, keyring, expected_nonce=asked.nonce) as bundle:
                     require_as_asked(bundle, asked)
+                    _compare_prompts(bundle, asked, host)
                     digest = bundle.digest
                 verifying.submit_bundle(output, report)
                 verdict = open_verdict(verifying.check(digest, plan, report), server_keyring)
@@ -148,3 +165,21 @@ def session(
             challenged=True,
             quiet=quiet,
         )
+
+
+def _compare_prompts(bundle: VerifiedBundle, asked: SessionPlan, host: Host) -> None:
+    """Where the checks run elsewhere, this side may lack the tokenizer, and nothing is fetched for it: that is said."""
+    from fpforensics.common.config import DEFAULT_MODEL
+    from fpforensics.common.errors import MissingDependencyError
+    from fpforensics.common.models import resolve_model
+    from fpforensics.verifier.fresh import require_prompts
+
+    model = asked.configs[0].model
+    missing = f"no checkpoint was named: --model-path {model}=FOLDER"
+    if model == DEFAULT_MODEL or model in host.models:
+        try:
+            require_prompts(bundle, asked, resolve_model(model, models=host.models).path)
+            return
+        except MissingDependencyError as error:
+            missing = error.diagnostics()
+    click.echo(f"prompts not compared with those that were asked for ({missing})", err=True)

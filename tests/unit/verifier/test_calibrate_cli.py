@@ -147,6 +147,17 @@ def test_profile_shows_what_it_holds(verifier: Run) -> None:
     assert verifier("profile", "made.json", "--key", "stranger.key.pub")[0] == 4
 
 
+def test_options_come_from_the_environment_too(verifier: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERIFIER_CHECK_PROFILE", "nosuch.json")
+    monkeypatch.setenv("VERIFIER_CHECK_PROFILE_KEY", "verifier.key.pub")
+    assert "no profile nosuch.json" in verifier("check", "bundle.msgpack", "--key", "prover.key.pub")[2]
+    monkeypatch.setenv("VERIFIER_CALIBRATE_KEY", "prover.key.pub")
+    monkeypatch.setenv("VERIFIER_CALIBRATE_SIGN", "nosuch.key")
+    assert "nosuch.key does not exist" in verifier("calibrate", "bundle.msgpack", "-o", "profile.json")[2]
+    monkeypatch.setenv("VERIFIER_PROFILE_KEY", "verifier.key.pub")
+    assert verifier("profile", "made.json")[0] == 0
+
+
 def test_help_has_examples(verifier: Run) -> None:
     for command in ("calibrate", "profile"):
         code, out, _ = verifier(command, "--help")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fpforensics.common.config import parse_config
 from fpforensics.common.errors import EvidenceError
-from fpforensics.verifier.calibrated import Calibration, judge
+from fpforensics.verifier.calibrated import Calibration, Part, judge
 from fpforensics.verifier.distance import Cell
 from fpforensics.verifier.lanes import ALPHA, LANES, prompts_to_settle, sign_test
 from fpforensics.verifier.lanes import test_member as lanes_of
@@ -198,13 +198,13 @@ def test_positions_of_many_prompts_are_not_worth_their_sum() -> None:
 
 def test_built_in_profile_covers_what_was_recorded_and_nothing_else() -> None:
     profile = built_in_profile()
-    assert [pool.positions for pool in profile.pools] == [1, 3, 16, 64]
+    assert [pool.positions for pool in profile.pools] == [1, 3, 8, 16, 64]
     assert all(profile.covers(parse_config(spec)) for spec in ("", "attn=eager", "dtype=fp16", "quant=torchao-int8"))
     assert not any(
         profile.covers(parse_config(spec)) for spec in ("dtype=fp32", "compile=true", "quant=bnb-nf4", "attn=flex")
     )
     small, large = profile.pool(15), profile.pool(10_000)
-    assert small is not None and small.positions == 3
+    assert small is not None and small.positions == 8
     assert large is not None and large.positions == 64
 
 
@@ -268,3 +268,27 @@ def test_error_rates_on_recorded_evidence(bench: ModuleType, prompts: int, count
 
 def test_the_lanes_never_accuse_evidence_at_the_pools_middle() -> None:
     assert not lanes_of("sdpa", scores(sdpa=0.5, eager=0.8), POOL, ["eager"]).rejected(0.5)
+
+
+@pytest.mark.parametrize(
+    ("odd", "verdict"),
+    [
+        ({"sdpa": 0.5, "eager": 0.75}, "CONSISTENT"),
+        ({"sdpa": 1.5, "eager": 2.0}, "INCONCLUSIVE"),
+        ({"sdpa": 0.75, "eager": 0.5}, "INCONCLUSIVE"),
+    ],
+)
+def test_a_part_unlike_any_honest_evidence_is_not_outvoted_by_the_rest(odd: dict[str, float], verdict: str) -> None:
+    parts = (Part("ref_0", scores(sdpa=0.5, eager=0.75), POOL), Part("decode", scores(**odd), POOL))
+    measured = replace(calibration(scores(sdpa=0.5, eager=0.75)), parts=parts)
+    found = judge("sdpa", ["sdpa"], ["eager"], measured)
+    assert found.verdict == verdict
+    assert ("decode" in found.reasons[1]) == (verdict == "INCONCLUSIVE")
+
+
+def test_nearer_than_honest_evidence_from_another_kind_of_device_is_not_vouched_for() -> None:
+    near = calibration(scores(sdpa=0.05, eager=0.75))
+    found = judge("sdpa", ["sdpa"], ["eager"], near, apart=True)
+    assert found.verdict == "INCONCLUSIVE"
+    assert "too good to vouch for" in found.reasons[0]
+    assert judge("sdpa", ["sdpa"], ["eager"], near).verdict == "CONSISTENT", "two CPUs may be as near as they like"

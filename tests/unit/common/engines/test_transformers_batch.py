@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpforensics.common.engines.transformers_batch import generation_positions, with_neighbours
-from fpforensics.common.signals import CapturePlan
+from fpforensics.common.engines.transformers_batch import with_neighbours
+from fpforensics.common.signals import CapturePlan, generation_positions
 
 
 @given(st.lists(st.integers(0, 63), min_size=1, max_size=40), st.integers(1, 12))
