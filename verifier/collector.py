@@ -90,8 +90,9 @@ class Collector:
                 ours = [self._bundle.trace(each.row, trace.reference_id) for trace in traces]
                 self._first_difference[each.label] = first_difference(ours, traces)
             self._measure_noise(each, member, traces)
-            # An anchor that contradicts the claim is a member like any other, for the row that it anchors.
-            if not member.id.startswith(ANCHOR_PREFIX) or not each.claim.holds_for(member.config):
+            # An anchor whose dtype contradicts the claim is a member like any other, for the row that it anchors; that it takes the
+            # plainest attention is our own choice, and speaks against nobody.
+            if not member.id.startswith(ANCHOR_PREFIX) or _contradicts_by_dtype(each.claim, member.config):
                 self._measure(each, member, traces)
         self._configs[member.id] = member.config
         if not member.id.startswith(ANCHOR_PREFIX):
@@ -228,6 +229,10 @@ class Collector:
         found = facts[each.config]
         assert found is not None, "the claimed config is never skipped"
         return found
+
+
+def _contradicts_by_dtype(claim: Claim, config: ExecutionConfig) -> bool:
+    return "dtype" in claim.assertions and not claim.holds_for(config)
 
 
 def kind_of(config: ExecutionConfig) -> str:

@@ -130,9 +130,9 @@ def ranked_distances(claimed: tuple[Array, Array], observed: tuple[Array, Array]
 def _at_ids(ids: Array, logprobs: Array, wanted: Array) -> tuple[NDArray[np.bool_], Floats]:
     """(M, N): whether each wanted id is listed at its position, and its log-probability (0 where it is not)."""
     matches = wanted[:, :, None] == ids[:, None, :]  # (M, N, K)
-    listed = matches.any(axis=2)
-    values = np.take_along_axis(logprobs, matches.argmax(axis=2), axis=1)
-    return listed, np.where(listed, values, 0.0)
+    at = np.arange(len(ids))[:, None], matches.argmax(axis=2)  # where it is listed, if anywhere
+    listed: NDArray[np.bool_] = ids[at] == wanted
+    return listed, np.where(listed, logprobs[at], 0.0)
 
 
 def rows_l2(claimed: Array, replay: Array, name: str) -> Floats:
@@ -166,32 +166,37 @@ def mean_l2(stack: Sequence[Floats]) -> Floats:
     """
     sums = np.zeros((len(stack), len(stack)))
     rows = max(1, _BLOCK_VALUES // (len(stack) * stack[0].shape[1]))
+    space = np.empty((min(rows, len(stack[0])), len(stack) - 1, stack[0].shape[1]))
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(stack[0]), rows):
-            sums += np.sqrt(_squares_between([trace[start : start + rows] for trace in stack])).sum(axis=0)
+            sums += np.sqrt(_squares_between([trace[start : start + rows] for trace in stack], space)).sum(axis=0)
     means: Floats = (sums + sums.T) / len(stack[0])
     return means
 
 
-def _squares_between(block: Sequence[Floats]) -> Floats:
+def _squares_between(block: Sequence[Floats], space: Floats) -> Floats:
     """Squared distances between every two of n traces, (m, D) each -> (m, n, n), above the diagonal and 0 elsewhere.
 
     |a - b|² = |a - o|² + |b - o|² - 2 (a - o)·(b - o), where o is the first trace: one matrix product instead of a pass for
     each pair. Where a is so near to b that this cancels, the difference itself is taken: equal traces are at distance 0.
+    ``space`` (at least m, n - 1, D) is overwritten.
     """
-    from_first = np.empty((len(block[0]), len(block) - 1, block[0].shape[1]))
+    from_first = space[: len(block[0])]
     for index, trace in enumerate(block[1:]):
         np.subtract(trace, block[0], out=from_first[:, index])
     own = _squares(from_first)
     added = own[:, :-1, None] + own[:, None, 1:]  # (m, n-2, n-2)
     products = np.matmul(from_first[:, :-1], from_first[:, 1:].transpose(0, 2, 1))
+    between = added - 2 * products
+    above = ~np.tri(len(block) - 2, k=-1, dtype=bool)
     squares = np.zeros((len(block[0]), len(block), len(block)))
     squares[:, 0, 1:] = own
-    squares[:, 1:-1, 2:] = np.triu(added - 2 * products)
-    near = np.triu(~(squares[:, 1:-1, 2:] > _CANCELLED * added))  # true of NaN, too
-    for i, j in np.argwhere(near.any(axis=0)):
-        at = near[:, i, j]
-        squares[at, i + 1, j + 2] = _squares(block[i + 1][at] - block[j + 2][at])
+    squares[:, 1:-1, 2:] = np.where(above, between, 0.0)
+    near = above & ~(between > _CANCELLED * added)  # true of NaN, too
+    if near.any():
+        for i, j in np.argwhere(near.any(axis=0)):
+            at = near[:, i, j]
+            squares[at, i + 1, j + 2] = _squares(block[i + 1][at] - block[j + 2][at])
     return squares
 
 

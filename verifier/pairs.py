@@ -61,12 +61,13 @@ def decide_pair(signal: Sequence[float], noise: Sequence[float], alpha: float = 
 
 def decide_pairs(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], alpha: float = ALPHA) -> list[PairDecision]:
     """:func:`decide_pair` of several pairs of one study: Holm's correction keeps the confidence for all of them together."""
-    measured = [_measured(signal, noise) for signal, noise in pairs]
+    for signal, noise in pairs:
+        _require_one_each(signal, noise)
     found: list[PairDecision | None] = [
-        _by_equality(*each) if not (np.array(each) > 0).all() else None for each in measured
+        None if min(*signal, *noise) > 0 else _by_equality(signal, noise) for signal, noise in pairs
     ]
     open_ = [index for index, decision in enumerate(found) if decision is None]
-    gaps = [_Gap.of(*measured[index]) for index in open_]
+    gaps = [_Gap.of(*(np.array(each, np.float64) for each in pairs[index])) for index in open_]
     verdicts: list[PairVerdict] = ["UNRESOLVED"] * len(gaps)
     for verdict, odds in (
         ("NOT_DETECTABLE", [gap.p_equivalent() for gap in gaps]),
@@ -93,7 +94,7 @@ def holm(odds: Sequence[float]) -> list[int]:
 def decide_aggregate(signal: float, noise: float, prompts: int = 1, alpha: float = ALPHA) -> PairDecision:
     """The same from means over ``prompts`` prompts, for studies that published no more; assumes :data:`SPREAD`."""
     if signal <= 0 or noise <= 0:
-        return _by_equality(np.array([signal]), np.array([noise]))
+        return _by_equality([signal], [noise])
     gap = _Gap(math.log(signal) - math.log(noise), prompts)
     detectable, equivalent = gap.p_detectable(alpha), gap.p_equivalent()
     verdict: PairVerdict = "UNRESOLVED"
@@ -176,21 +177,18 @@ def _least(holds: Callable[[float], bool]) -> float:
     return math.exp(-low)
 
 
-def _measured(signal: Sequence[float], noise: Sequence[float]) -> tuple[Floats, Floats]:
+def _require_one_each(signal: Sequence[float], noise: Sequence[float]) -> None:
     if len(signal) != len(noise) or not signal:
         raise UsageError(f"{len(signal)} signals and {len(noise)} noises", "give one of each for every prompt")
-    return np.array(signal, np.float64), np.array(noise, np.float64)
 
 
-def _by_equality(distances: Floats, floors: Floats) -> PairDecision:
-    """Where some distance is exactly 0: the lanes of logarithms have nothing to say."""
-    if (floors == 0).all():
-        verdict: PairVerdict = "DETECTABLE" if (distances > 0).all() else "NOT_DETECTABLE"
-        if (distances > 0).any() and not (distances > 0).all():
-            verdict = "UNRESOLVED"
+def _by_equality(distances: Sequence[float], floors: Sequence[float]) -> PairDecision:
+    """Where some distance is exactly 0: the lanes of logarithms have nothing to say. Plain numbers: mostly a few."""
+    if not any(floors):
+        differ = [each > 0 for each in distances]
+        verdict: PairVerdict = "DETECTABLE" if all(differ) else "UNRESOLVED" if any(differ) else "NOT_DETECTABLE"
         return PairDecision(verdict=verdict, prompts=len(distances), snr=None)
-    with np.errstate(over="ignore"):
-        snr = float(distances.mean() / floors.mean())
+    snr = sum(distances) / sum(floors)
     return PairDecision(verdict="UNRESOLVED", prompts=len(distances), snr=snr if math.isfinite(snr) else None)
 
 

@@ -26,7 +26,7 @@ EARLY = (
 accumulated yet."""
 
 MOST_SUMMED = 16
-"""Up to so many positions, those of several prompts count like those of one."""
+"""Up to so many positions, those of several prompts count like half as many of one."""
 Distances = Mapping[Cell, float]
 """Mean over positions, by cell."""
 PerReference = Mapping[str, Distances]
@@ -83,9 +83,10 @@ def worth_in_positions(counts: Sequence[int]) -> int:
     """Positions of one prompt that scatter no less than these (one count per prompt) together.
 
     The same few positions of many prompts are not worth their sum: where the chat template ends they are much alike.
-    Measured: 24 prompts of 3 positions, taken for 64, made 2.8 % of honest claims INCONSISTENT.
+    Measured: 24 prompts of 3 positions, taken for 64, made 2.8 % of honest claims INCONSISTENT, and 8 prompts, taken for 16, 1.8 % of
+    those of one config.
     """
-    return max(min(counts), min(sum(counts), MOST_SUMMED))
+    return max(min(counts), min(sum(counts) // 2, MOST_SUMMED))
 
 
 def scores_of(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from attacks.attack import NOT_CONSISTENT, Attack, How, as_it_is
 from attacks.material import Material
-from attacks.numbers import AS_EAGER, in_references, noise_scaled, rounded, taking, under_eagers_name
+from attacks.numbers import AS_EAGER, UNTOLD, in_decode, in_references, noise_scaled, rounded, taking, under_eagers_name
 from attacks.shown import (
     EARLY_LAYERS,
+    VOCABULARY,
     Shown,
     at_positions,
     changed,
@@ -20,8 +23,6 @@ from attacks.shown import (
     with_layers,
 )
 from fpforensics.common.signals import Array, Phase
-
-VOCABULARY = 49152
 
 
 def without_early_layers(first: How = as_it_is) -> How:
@@ -41,14 +42,31 @@ def as_float32(material: Material, other: Shown) -> Shown:
     return other.of([changed(trace, lambda _phase, _name, array: array.astype(np.float32)) for trace in other.traces])
 
 
+def with_plan(shown: Shown, prefill: int, decode: int) -> Shown:
+    """The last positions only, as the bundle's own capture plan then says."""
+    plan = msgspec.structs.replace(shown.capture, prefill_positions=prefill, decode_positions=decode)
+    last = {"prefill": prefill, "decode": decode}
+    return replace(at_positions(shown, lambda _, phase, positions: range(len(positions))[-last[phase] :]), capture=plan)
+
+
 def lying_in_decode(shown: int) -> How:
-    """Another config in decode, of which only ``shown`` positions are to be seen."""
+    """Another config in decode, of which only the last ``shown`` positions are to be seen."""
 
     def how(material: Material, other: Shown) -> Shown:
-        lie = taking(lambda phase, _: phase == "decode")(material, other)
-        return at_positions(lie, lambda _, phase, positions: range(shown if phase == "decode" else len(positions)))
+        lie = taking(in_decode)(material, other)
+        return at_positions(
+            lie, lambda _, phase, positions: range(len(positions))[-shown if phase == "decode" else 0 :]
+        )
 
     return how
+
+
+def one_decode_position_planned(material: Material, other: Shown) -> Shown:
+    return with_plan(taking(in_decode)(material, other), len(other.traces[0].prefill.positions), 1)
+
+
+def no_decode_position(material: Material, other: Shown) -> Shown:
+    return at_positions(other, lambda _, phase, positions: range(0 if phase == "decode" else len(positions)))
 
 
 def hardly_shown(*numbers: int) -> How:
@@ -59,19 +77,16 @@ def hardly_shown(*numbers: int) -> How:
             return range(len(positions))
         return [len(positions) - 1] if phase == "prefill" else []
 
-    def how(material: Material, other: Shown) -> Shown:
-        return at_positions(in_references(*numbers)(material, other), choose)
-
-    return how
+    return lambda material, other: at_positions(in_references(*numbers)(material, other), choose)
 
 
-def one_position_each(material: Material, other: Shown) -> Shown:
-    return hardly_shown(*range(len(other.traces)))(material, other)
+def two_positions_each(material: Material, other: Shown) -> Shown:
+    return with_plan(other, 1, 1)
 
 
 def repeated(times: int) -> How:
     """The same few positions of the same few prompts, under many names."""
-    return lambda material, other: one_position_each(material, other).only(*list(range(len(other.traces))) * times)
+    return lambda material, other: two_positions_each(material, other).only(*list(range(len(other.traces))) * times)
 
 
 def picked(count: int) -> How:
@@ -113,11 +128,15 @@ def tokens_of_another_request(material: Material, other: Shown) -> Shown:
     )
 
 
+def sampled_tokens_of_another_request(material: Material, other: Shown) -> Shown:
+    """The same, from a session at temperature 1, in which any token could have come."""
+    warm = msgspec.structs.replace(other.sampling, temperature=1.0)
+    return replace(tokens_of_another_request(material, other), sampling=warm)
+
+
 def at_every_other_position(material: Material, other: Shown) -> Shown:
     return at_positions(other, lambda _, phase, positions: range(phase == "decode", len(positions), 2))
 
-
-THIN = "a phase or a reference with few positions weighs next to nothing, and no plan says how many there must be"
 
 CHOICES = (
     Attack(
@@ -125,16 +144,15 @@ CHOICES = (
         how=as_float32,
         other="sdpa",
         honest_how=as_it_is,
-        caught=NOT_CONSISTENT,
-        missed="the dtype of the evidence is not compared with that of the replay",
+        caught=("REFUSED",),
     ),
-    Attack(name="eight bits without early layers", how=without_early_layers(), other="int8", control="INCONCLUSIVE"),
+    Attack(name="eight bits without early layers", how=without_early_layers(), other="int8", control=("INCONCLUSIVE",)),
     Attack(
         name="eager without early layers",
         how=without_early_layers(),
         other="eager",
         caught=NOT_CONSISTENT,
-        control="INCONCLUSIVE",
+        control=("INCONCLUSIVE",),
     ),
     Attack(
         name="shrunk eight bits without early layers",
@@ -142,7 +160,7 @@ CHOICES = (
         other="int8",
         caught=NOT_CONSISTENT,
         honest_how=without_early_layers(),
-        control="INCONCLUSIVE",
+        control=("INCONCLUSIVE",),
         claim="quant=none",
         lineup=("quant=bnb-nf4",),
     ),
@@ -152,65 +170,56 @@ CHOICES = (
         other="anchor",
         caught=NOT_CONSISTENT,
         honest_how=without_early_layers(),
-        control="INCONCLUSIVE",
+        control=("INCONCLUSIVE",),
         claim="quant=none",
         lineup=("quant=bnb-nf4",),
     ),
-    Attack(name="eight bits without layers", how=without_layers, other="int8", control="INCONCLUSIVE"),
+    Attack(name="eight bits without layers", how=without_layers, other="int8", control=("INCONCLUSIVE",)),
     Attack(
-        name="eight bits from block 13 on, early layers only",
+        name="eight bits from block 21 on, early layers only",
         how=early_layers_only,
         other="hybrid",
-        caught=NOT_CONSISTENT,
-        missed="of the late layers only log-probabilities are left, and those are held to fixed limits",
+        beyond="of the late layers only log-probabilities are left: 1.9 floors, where honest ones have up to 1.8",
     ),
     Attack(
         name="eight bits in decode, one position shown",
         how=lying_in_decode(1),
         other="int8",
         honest_how=as_it_is,
+        caught=("REFUSED",),
+    ),
+    Attack(
+        name="eight bits in decode, one position planned",
+        how=one_decode_position_planned,
+        other="int8",
         caught=NOT_CONSISTENT,
-        missed=THIN,
+    ),
+    Attack(
+        name="eager in decode, one position planned",
+        how=one_decode_position_planned,
+        other="eager",
+        beyond="a handful of positions does not tell near kernels apart",
     ),
     Attack(
         name="no decode position shown",
-        how=lying_in_decode(0),
-        other="int8",
+        how=no_decode_position,
+        other="sdpa",
         honest_how=as_it_is,
-        caught=NOT_CONSISTENT,
-        missed=THIN,
+        caught=("REFUSED",),
     ),
     Attack(
         name="eight bits for one request hardly shown",
         how=hardly_shown(0),
         other="int8",
         honest_how=as_it_is,
-        caught=NOT_CONSISTENT,
-        missed=THIN,
-    ),
-    Attack(
-        name="eager for two requests hardly shown",
-        how=hardly_shown(0, 1),
-        other="eager",
-        honest_how=as_it_is,
-        caught=NOT_CONSISTENT,
-        missed=THIN,
+        caught=("REFUSED",),
     ),
     Attack(
         name="honest numbers at positions of choice",
         how=at_every_other_position,
         other="sdpa",
         honest_how=as_it_is,
-        caught=NOT_CONSISTENT,
-        missed="positions are not compared with the bundle's own capture plan",
-    ),
-    Attack(
-        name="three positions under eighteen names",
-        how=repeated(6),
-        other="sdpa",
-        honest_how=one_position_each,
-        caught=NOT_CONSISTENT,
-        control="INCONCLUSIVE",
+        caught=("REFUSED",),
     ),
     Attack(
         name="sdpa under eager's name at picked positions",
@@ -218,9 +227,20 @@ CHOICES = (
         other="sdpa",
         honest_how=under_eagers_name,
         honest="eager",
-        caught=NOT_CONSISTENT,
+        caught=("REFUSED",),
+        control=UNTOLD,
         claim=AS_EAGER,
         lineup=("attn=sdpa",),
+    ),
+    Attack(
+        name="six positions under eighteen names",
+        how=repeated(6),
+        other="sdpa",
+        honest_how=two_positions_each,
+        caught=NOT_CONSISTENT,
+        control=("INCONCLUSIVE",),
+        claim="dtype=bf16",
+        lineup=("dtype=fp32",),
     ),
     Attack(
         name="eight bits' logprobs at ids of choice",
@@ -228,15 +248,31 @@ CHOICES = (
         other="sdpa",
         honest_how=as_it_is,
         caught=NOT_CONSISTENT,
-        missed="the ids need not be the likeliest ones",
     ),
     Attack(
-        name="one request with the tokens of another",
+        name="the tokens of another request",
+        how=tokens_of_another_request,
+        other="sdpa",
+        honest_how=as_it_is,
+        caught=("REFUSED",),
+        lineup=("attn=eager",),
+        careless=True,
+    ),
+    Attack(
+        name="the tokens of another request, made the likeliest",
         how=tokens_of_another_request,
         other="sdpa",
         honest_how=as_it_is,
         caught=NOT_CONSISTENT,
         lineup=("attn=eager",),
-        missed="tokens are forced, never asked whether the model would have chosen them",
+    ),
+    Attack(
+        name="the tokens of another request, sampled it says",
+        how=sampled_tokens_of_another_request,
+        other="sdpa",
+        honest_how=as_it_is,
+        caught=NOT_CONSISTENT,
+        lineup=("attn=eager",),
+        missed="what is sampled is not drawn again from the seed and the replay",
     ),
 )

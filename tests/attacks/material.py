@@ -21,7 +21,7 @@ from fpforensics.verifier.intake import open_bundle
 
 H100 = Path(__file__).parents[1] / "assets" / "h100"
 KEY = PrivateKey.from_seed(b"a liar's key, not a secret: seed")
-HYBRID = Hybrid("quant=torchao-int8", 13)
+HYBRID = Hybrid("quant=torchao-int8", 21)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def load_material(host: Host) -> Material:
                 bundle.evidence,
                 row.facts,
                 bundle.evidence.capture,
+                bundle.evidence.sampling,
             )
             for row in bundle.evidence.rows
         )
@@ -114,6 +115,7 @@ def sign(shown: Shown, path: Path) -> None:
             session_id="00" * 16,
             nonce=shown.nonce,
             capture=shown.capture,
+            sampling=shown.sampling,
             references=entries,
             rows=(row,),
         )

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from attacks.attack import NOT_CONSISTENT, Attack, How, as_it_is
+from attacks.attack import NOT_CONSISTENT, Attack, How, Outcome, as_it_is
 from attacks.material import Material
 from attacks.shown import EARLY_LAYERS, Shown, changed, combined, moved, spliced
 from fpforensics.common.signals import Array, Phase, Trace
 
-AS_EAGER = "attn=eager,dtype=bf16,quant=none"
+AS_EAGER = "attn=eager,quant=none"
+UNTOLD: tuple[Outcome, ...] = ("CONSISTENT", "INCONCLUSIVE")
+"""The anchor, which attends as sdpa does, contradicts a claim of eager, and takes more positions than these to be rejected."""
 
 
 def under_eagers_name(material: Material, other: Shown) -> Shown:
@@ -115,6 +117,11 @@ def in_references(*numbers: int) -> How:
     return how
 
 
+def in_decode_of(number: int) -> How:
+    """Another config when one request's tokens are generated."""
+    return lambda material, other: in_references(number)(material, taking(in_decode)(material, other))
+
+
 def at_one_position(place: int, *, every_other: bool = False) -> How:
     """Another config at one of the fifteen shown positions of each reference, or at all but one."""
 
@@ -134,7 +141,8 @@ def at_one_position(place: int, *, every_other: bool = False) -> How:
 UNSCALED = noise_scaled(1)
 COMPUTED = "it takes the claimed config's own numbers at every position: whoever has them need not lie"
 DROWNED = "behind the first blocks every kernel looks alike"
-POOLED = "all positions are judged together: the honest ones make up for the others"
+POOLED = "a position is never looked at alone: the honest ones make up for it"
+FEW = "a handful of positions does not tell near kernels apart"
 
 NUMBERS = (
     Attack(name="eight-bit weights", how=as_it_is, other="int8"),
@@ -145,6 +153,7 @@ NUMBERS = (
         how=under_eagers_name,
         other="sdpa",
         honest="eager",
+        control=UNTOLD,
         claim=AS_EAGER,
         lineup=("attn=sdpa",),
     ),
@@ -173,11 +182,11 @@ NUMBERS = (
         honest_how=as_it_is,
     ),
     Attack(name="the anchor, rounded", how=rounded, other="anchor"),
-    Attack(name="the anchor, unrounded", how=as_it_is, other="anchor"),
-    Attack(name="the anchor, unrounded, for any dtype", how=as_it_is, other="anchor", claim="quant=none"),
+    Attack(name="the anchor, unrounded", how=as_it_is, other="anchor", caught=("REFUSED",)),
     Attack(name="the anchor with a tenth of the noise", how=with_noise(0.1), other="anchor", honest_how=as_it_is),
     Attack(name="the anchor with all of the noise", how=with_noise(1), other="anchor", honest_how=as_it_is),
-    Attack(name="the verifier's own replay", how=as_it_is, other="replay"),
+    Attack(name="the verifier's own replay", how=as_it_is, other="replay", careless=True),
+    Attack(name="the replay, log-probabilities made to fit", how=as_it_is, other="replay", caught=NOT_CONSISTENT),
     Attack(name="the replay but for one tensor", how=but_for_one_tensor, other="replay", caught=NOT_CONSISTENT),
     Attack(
         name="three quarters of the way to the replay",
@@ -195,15 +204,15 @@ NUMBERS = (
     ),
     Attack(name="sdpa and eager averaged", how=averaged(0.5), other="eager", caught=NOT_CONSISTENT),
     Attack(name="sdpa and eight bits averaged", how=averaged(0.5), other="int8"),
-    Attack(name="sdpa with a fifth of eight bits", how=averaged(0.2), other="int8", beyond=COMPUTED),
+    Attack(name="sdpa with a tenth of eight bits", how=averaged(0.1), other="int8", beyond=COMPUTED),
     Attack(name="four bits behind honest early layers", how=taking(late), other="nf4"),
     Attack(name="eager behind honest early layers", how=taking(late), other="eager", beyond=DROWNED),
     Attack(
-        name="eight bits from block 13 on",
+        name="eight bits from block 21 on",
         how=as_it_is,
         other="hybrid",
         caught=NOT_CONSISTENT,
-        missed="late layers are held to fixed limits: 1.4 of 2 floors over all, 2.5 of 3 in the furthest cell",
+        missed="late layers have limits of their own, but one for all cells: 2.0 of 2.2 floors, where honest vectors have 1.4",
     ),
     Attack(name="honest layers behind eight bits", how=taking(early), other="int8"),
     Attack(name="honest layers behind eager", how=taking(early), other="eager"),
@@ -217,13 +226,17 @@ NUMBERS = (
         how=false_chosen_logprobs,
         other="sdpa",
         honest_how=as_it_is,
-        caught=NOT_CONSISTENT,
-        missed="they are recorded and never compared",
+        caught=("REFUSED",),
+        careless=True,
     ),
     Attack(name="eight bits in decode", how=taking(in_decode), other="int8"),
     Attack(name="eight bits in prefill", how=taking(in_prefill), other="int8"),
     Attack(name="eager in prefill", how=taking(in_prefill), other="eager"),
-    Attack(name="eager in decode", how=taking(in_decode), other="eager", caught=NOT_CONSISTENT, missed=POOLED),
+    Attack(name="eager in decode", how=taking(in_decode), other="eager", caught=NOT_CONSISTENT),
+    Attack(name="eager in decode of one request of three", how=in_decode_of(0), other="eager", beyond=FEW),
+    Attack(
+        name="eight bits in decode of one request of three", how=in_decode_of(0), other="int8", caught=NOT_CONSISTENT
+    ),
     Attack(name="eight bits for one request of three", how=in_references(0), other="int8"),
     Attack(name="eager for two requests of three", how=in_references(0, 1), other="eager"),
     Attack(
@@ -231,7 +244,6 @@ NUMBERS = (
         how=in_references(0),
         other="eager",
         caught=NOT_CONSISTENT,
-        missed=POOLED,
     ),
     Attack(name="four bits at one position of fifteen", how=at_one_position(5), other="nf4"),
     Attack(

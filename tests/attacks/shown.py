@@ -11,9 +11,10 @@ import numpy as np
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines.base import EngineFacts
 from fpforensics.common.evidence import Evidence
-from fpforensics.common.signals import PHASES, Array, CapturePlan, Phase, PhaseTrace, Reference, Trace
+from fpforensics.common.signals import PHASES, Array, CapturePlan, Phase, PhaseTrace, Reference, Sampling, Trace
 from fpforensics.verifier.score import EARLY
 
+VOCABULARY = 49152
 EARLY_LAYERS = ("1", "2", "4")
 Change = Callable[[Phase, str, Array], Array]
 
@@ -28,6 +29,7 @@ class Shown:
     evidence: Evidence
     facts: EngineFacts
     capture: CapturePlan
+    sampling: Sampling
     nonce: str = ""
 
     def of(self, traces: Sequence[Trace]) -> Shown:
@@ -91,6 +93,37 @@ def with_layers(shown: Shown, layers: tuple[str, ...]) -> Shown:
 
     traces = [replace(trace, prefill=held(trace.prefill), decode=held(trace.decode)) for trace in shown.traces]
     return replace(shown.of(traces), capture=msgspec.structs.replace(shown.capture, layers=layers))
+
+
+def coherent(shown: Shown) -> Shown:
+    """What a careful liar does last: its log-probabilities are those of one distribution, in which each generated token is likeliest."""
+
+    def one(reference: Reference, trace: Trace) -> Trace:
+        tokens = np.concatenate([reference.prompt_ids, trace.output_ids])
+        phases = {
+            phase: _likeliest(trace.phase(phase), tokens, len(reference.prompt_ids), shown.sampling) for phase in PHASES
+        }
+        return replace(trace, **phases)
+
+    return shown.of([one(*pair) for pair in zip(shown.references, shown.traces, strict=True)])
+
+
+def _likeliest(held: PhaseTrace, tokens: Array, prompt: int, sampling: Sampling) -> PhaseTrace:
+    ids, logprobs = held.logprob_ids.copy(), held.logprobs.astype(np.float64)
+    chosen = held.chosen_logprobs.copy()
+    for row, position in enumerate(held.positions):
+        token = tokens[position + 1]
+        if position + 1 >= prompt and sampling.temperature == 0:
+            if token not in ids[row]:
+                ids[row, np.argmin(logprobs[row])] = token
+            own, best = np.argmax(ids[row] == token), np.argmax(logprobs[row])
+            logprobs[row, [own, best]] = logprobs[row, [best, own]]
+        listed = np.exp(logprobs[row]).sum()
+        most = listed + (VOCABULARY - len(ids[row])) * np.exp(logprobs[row].min())
+        logprobs[row] -= max(np.log(listed), 0) + min(np.log(most), 0)
+        at = ids[row] == token
+        chosen[row] = logprobs[row, at][0] if at.any() else min(chosen[row], logprobs[row].min())
+    return replace(held, logprob_ids=ids, logprobs=logprobs.astype(np.float32), chosen_logprobs=chosen)
 
 
 def early_distances(shown: Shown, other: Shown) -> Array:

@@ -18,6 +18,7 @@ from fpforensics.common.errors import EvidenceError, NonceError
 from fpforensics.common.keys import Keyring
 from fpforensics.prover.session import SessionPlan
 from fpforensics.verifier.answer import require_as_asked
+from fpforensics.verifier.fresh import require_prompts, with_texts
 from fpforensics.verifier.intake import open_bundle
 from fpforensics.verifier.store import Store
 
@@ -58,7 +59,7 @@ def test_attack(attack: Attack, material: Material, tmp_path: Path) -> None:
 @pytest.mark.parametrize("attack", CONTROLS.values(), ids=lambda attack: attack.name)
 def test_the_honest_run_that_goes_the_same_way(attack: Attack, material: Material, tmp_path: Path) -> None:
     found, why = outcome(attack.honestly(material), attack, material, tmp_path)
-    assert found == attack.control, why
+    assert found in attack.control, why
 
 
 def test_the_document_names_every_attack() -> None:
@@ -66,13 +67,17 @@ def test_the_document_names_every_attack() -> None:
     assert [attack.name for attack in ATTACKS if attack.name not in named] == []
 
 
-@pytest.mark.parametrize(("prompts", "positions", "at_least"), [(1, 16, 15), (4, 16, 6), (4, 4, 6)])
-def test_whoever_picks_positions_passes_as_another_kernel(prompts: int, positions: int, at_least: int) -> None:
-    """Why positions are the verifier's to choose. Judged where they lie, the same numbers are always caught."""
-    picked = verdicts(SDPA, EAGER, prompts=prompts, positions=positions, picked=True)
-    assert picked["CONSISTENT"] >= at_least, picked
-    assert set(verdicts(SDPA, EAGER, prompts=prompts, positions=positions, picked=False)) == {"INCONSISTENT"}
-    assert set(verdicts(SDPA, SDPA, prompts=prompts, positions=positions, picked=False)) == {"CONSISTENT"}
+@pytest.mark.parametrize(
+    ("ran", "claimed", "prompts", "positions"),
+    [(SDPA, EAGER, 12, 2), (SDPA, EAGER, 16, 1), (EAGER, SDPA, 16, 1)],
+)
+def test_whoever_chooses_where_prompts_end_passes_as_another_kernel(
+    ran: str, claimed: str, prompts: int, positions: int
+) -> None:
+    """Why prompts are the verifier's to choose. Where prompts ended by themselves, the same numbers are always caught."""
+    assert set(verdicts(ran, claimed, prompts=prompts, positions=positions, cut=True)) == {"CONSISTENT"}
+    assert set(verdicts(ran, claimed, prompts=prompts, positions=positions, cut=False)) == {"INCONSISTENT"}
+    assert set(verdicts(ran, ran, prompts=prompts, positions=positions, cut=False)) == {"CONSISTENT"}
 
 
 # --- freshness ---
@@ -109,34 +114,21 @@ def test_a_challenge_is_answered_once(recorded: Shown, tmp_path: Path) -> None:
         assert store.bundle(first).challenged
 
 
-@pytest.mark.parametrize(
-    "asked_for",
-    [
-        "builtin",
-        pytest.param(
-            "fresh",
-            marks=pytest.mark.xfail(strict=True, reason="the prompts are not compared with those that were asked for"),
-        ),
-    ],
-)
-def test_old_evidence_signed_anew_does_not_answer_a_session_about_other_prompts(
-    asked_for: str, recorded: Shown, tmp_path: Path
+def test_old_evidence_signed_anew_does_not_answer_a_session_about_fresh_prompts(
+    recorded: Shown, smollm2: Path, tmp_path: Path
 ) -> None:
     """The nonce makes the signature fresh, not what it signs: only prompts that nobody could know before do."""
     plan = SessionPlan(
         configs=(recorded.config,),
-        texts=(("fresh.txt", "words that nobody could know before " * 200),) if asked_for == "fresh" else (),
         references=len(recorded.references),
         prompt_tokens=200,
         capture=recorded.capture,
-        sampling=recorded.evidence.sampling,
+        sampling=recorded.sampling,
         repetitions=1,
         nonce=FRESH,
     )
     sign(replace(recorded, nonce=FRESH), tmp_path / "old")
     with open_bundle(tmp_path / "old", Keyring([KEY.public]), expected_nonce=FRESH) as bundle:
-        if asked_for == "builtin":
-            require_as_asked(bundle, plan)
-        else:
-            with pytest.raises(EvidenceError, match="prompt"):
-                require_as_asked(bundle, plan)
+        require_as_asked(bundle, plan)
+        with pytest.raises(EvidenceError, match="the prompt of ref_0 is not the one that was asked"):
+            require_prompts(bundle, with_texts(plan), smollm2)

@@ -86,7 +86,7 @@ def test_what_an_h100_said_of_a_cpus_evidence(name: str, row: str, claim: str, v
     result = open_verdict(data, Keyring.from_paths([FOLDER / "verifier.key.pub"])).predicate.result
     assert (result.claim, result.verdict) == (claim, verdict)
     assert result.verifier_environment.gpus == ("NVIDIA H100 80GB HBM3",)
-    (gpu,) = (each for each in result.environment if each.name == "gpu")
-    assert (gpu.prover, gpu.verifier) == ("absent", "NVIDIA H100 80GB HBM3")
+    (device,) = (each for each in result.environment if each.name == "device")
+    assert (device.prover, device.verifier) == ("cpu", "cuda")
     assert result.rows[0].alpha == 0.01
     assert not any(score.bit_identical for score in result.rows[0].scores)

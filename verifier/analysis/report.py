@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import combinations
@@ -76,7 +77,7 @@ def _cell(
         names = tuple(measured.members[i].id for i in members)
         named[names] = (*named.get(names, ()), SIDES[measured.members[members[0]].side])
     off_diagonal = _mean_or_none(every := matrix.off_diagonal())
-    apart = _mean_or_none(meant := matrix.off_diagonal(by_key))
+    apart = _mean_or_none(meant := matrix.off_diagonal(by_key) if by_key else every)
     snr, meaningful = (ratio(signal, matrix.diagonal_mean) for signal in (off_diagonal, apart))
     baseline, within, across = _questions(measured, everyone)
     return CellAnalysis(
@@ -193,29 +194,32 @@ def _questions(
 
     As in the plan's sketch, another value is compared with that of the machine's first config.
     """
-    baseline, within, across = [], [], []
+    baseline: list[Comparison] = []
+    within: list[Comparison] = []
+    across: list[Comparison] = []
+    entries = everyone.tolist()
     first = {each.machine: index for index, each in reversed(list(enumerate(measured.members)))}
-    for i, j in combinations(range(len(measured.members)), 2):
-        ours, theirs = measured.members[i], measured.members[j]
-        # Between two experiments only the claimed one has claims; within one, both directions count.
-        both = (everyone[i, j],) if ours.side != theirs.side else (everyone[i, j], everyone[j, i])
-        directions = [value for value in both if not np.isnan(value)]
-        if not directions:
-            continue
-        comparison = Comparison(
-            configs=(ours.id, theirs.id),
-            hardware=(ours.configuration.hardware, theirs.configuration.hardware),
-            values=(ours.value, theirs.value),
-            sides=(SIDES[ours.side], SIDES[theirs.side]),
-            distance=mean(directions),
-        )
+    for (i, ours), (j, theirs) in combinations(enumerate(measured.members), 2):
+        of_first = first[ours.machine] == i
         if ours.machine == theirs.machine:
-            if first[ours.machine] == i:
-                within.append(comparison)
+            answers = within if of_first else None
         elif ours.value == theirs.value:
-            baseline.append(comparison)
-        elif first[ours.machine] == i or first[theirs.machine] == j:
-            across.append(comparison)
+            answers = baseline
+        else:
+            answers = across if of_first or first[theirs.machine] == j else None
+        # Between two experiments only the claimed one has claims; within one, both directions count.
+        both = (entries[i][j],) if ours.side != theirs.side else (entries[i][j], entries[j][i])
+        directions = [value for value in both if not math.isnan(value)]
+        if answers is not None and directions:
+            answers.append(
+                Comparison(
+                    configs=(ours.id, theirs.id),
+                    hardware=(ours.configuration.hardware, theirs.configuration.hardware),
+                    values=(ours.value, theirs.value),
+                    sides=(SIDES[ours.side], SIDES[theirs.side]),
+                    distance=mean(directions),
+                )
+            )
     noise = _mean_or_none([each.distance for each in baseline])
     return tuple(baseline), _with_snr(within, noise), _with_snr(across, noise)
 
@@ -251,4 +255,4 @@ def _mean_or_none(values: Sequence[float]) -> float | None:
 
 
 def _values(table: Floats) -> Table:
-    return tuple(tuple(None if np.isnan(value) else float(value) for value in row) for row in table)
+    return tuple(tuple(None if math.isnan(value) else value for value in row) for row in table.tolist())

@@ -191,7 +191,7 @@ def test_no_score_without_an_early_layer() -> None:
 
 def test_positions_of_many_prompts_are_not_worth_their_sum() -> None:
     assert worth_in_positions([3] * 24) == 16
-    assert worth_in_positions([3] * 2) == 6
+    assert worth_in_positions([3] * 3) == 4
     assert worth_in_positions([64]) == 64
     assert worth_in_positions([64, 64]) == 64
 
