@@ -47,5 +47,5 @@ def test_files_travel_as_texts_and_conversations_do_not(tmp_path: Path) -> None:
     sent = with_texts(plan(documents=(str(tmp_path / "a text (1).txt"),)))
     assert sent.texts == (("a text _1_.txt", "words " * 300),)
     (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
-    with pytest.raises(UsageError, match="conversation 'talk.jsonl:1' in a session"):
+    with pytest.raises(UsageError, match=r"conversation 'talk\.jsonl:1' in a session"):
         with_texts(plan(documents=(str(tmp_path / "talk.jsonl"),)))
