@@ -29,6 +29,7 @@ ENTRY = Measured(
     rivals=("attn=eager",),
     nearest=3,
     pools=(POOL,),
+    phases={},
     cells=(
         CellNoise(
             cell=Cell("decode", "hidden_states", "1"),

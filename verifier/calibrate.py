@@ -21,18 +21,20 @@ from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.environment import describe_environment
 from fpforensics.common.errors import EvidenceError, LimitError, UsageError, shorten
 from fpforensics.common.keys import Keyring
+from fpforensics.common.signals import PHASES, Phase
 from fpforensics.verifier.calibrated import FAR
 from fpforensics.verifier.check import CheckPlan, replay_bundle
 from fpforensics.verifier.coverage import scopes_of
 from fpforensics.verifier.intake import open_bundle
 from fpforensics.verifier.measured import MAX_PAYLOAD_BYTES, QUANTILES, Calibrated, CellNoise, Measured
-from fpforensics.verifier.pooling import DIGITS, POSITIONS, WINDOWS, ladder, make_pool
-from fpforensics.verifier.profile import FORMAT
+from fpforensics.verifier.pooling import DIGITS, POSITIONS, WINDOWS, HonestPrompt, ladder, make_pool, of_phase
+from fpforensics.verifier.profile import FORMAT, Pool
 from fpforensics.verifier.recorder import Recorded, Recorder, require_early
 from fpforensics.verifier.replay import Report
 from fpforensics.verifier.scope import Scope, detail_differences, differences
 
-_BYTES_OF_A_PROMPT = 3 * 8 * WINDOWS * (len(POSITIONS) + 1)  # three numbers for each window of each pool, at most
+# Three numbers for each window of each pool, at most; and again for each phase alone.
+_BYTES_OF_A_PROMPT = 3 * 3 * 8 * WINDOWS * (len(POSITIONS) + 1)
 
 
 @dataclass
@@ -161,6 +163,10 @@ def _measured(gathered: _Gathered) -> Measured:
     common = set.intersection(*(set(each.prompt.rivals) for each in recorded))
     rivals = tuple(name for name in recorded[0].prompt.rivals if name in common)
     prompts = [replace(each.prompt, rivals=rivals) for each in recorded]
+    both = all(0 < one.decode < one.positions for one in prompts)
+    alone: dict[Phase, list[HonestPrompt]] = (
+        {phase: [of_phase(one, phase) for one in prompts] for phase in PHASES} if both else {}
+    )
     nearest = 0
     for one in prompts:
         distance = one.scores(one.whole).distance
@@ -172,9 +178,14 @@ def _measured(gathered: _Gathered) -> Measured:
         prompt_tokens=gathered.tokens,
         rivals=rivals,
         nearest=nearest,
-        pools=tuple(make_pool(prompts, count) for count in ladder(prompts)),
+        pools=_pools(prompts),
+        phases={phase: _pools(found) for phase, found in alone.items()},
         cells=tuple(_cells(recorded)),
     )
+
+
+def _pools(prompts: Sequence[HonestPrompt]) -> tuple[Pool, ...]:
+    return tuple(make_pool(prompts, count) for count in ladder(prompts))
 
 
 def _cells(recorded: Sequence[Recorded]) -> Iterator[CellNoise]:

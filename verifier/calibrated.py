@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fpforensics.common.signals import PHASES
 from fpforensics.verifier.lanes import (
     ALPHA,
     Tested,
@@ -147,6 +148,8 @@ def judge(
         return Judgement("INCONCLUSIVE", (resting, f"{unopposed}: add one that does"), claim.p, tested)
     remain = [name for name in contradicting if not tested[name].rejected(alpha)]
     odd = [part.name for part in calibration.parts if part.outlying(claimed, others, rivals)]
+    if len(odd) <= _by_chance(calibration) and not set(odd) & set(PHASES):
+        odd = []
     if not remain and odd:
         said = f"alone, {', '.join(odd[:_MOST_NAMED])} would be unlike any honest evidence: the whole hides it, but is not vouched for"
         return Judgement("INCONCLUSIVE", (resting, said), claim.p, tested)
@@ -159,6 +162,12 @@ def judge(
     if needed:
         said += f": about {needed} prompts like these would settle it"
     return Judgement("INCONCLUSIVE", (resting, said), claim.p, tested, needed)
+
+
+def _by_chance(calibration: Calibration) -> int:
+    """How many of so many honest prompts may leave the range of the calibrated ones, on either of two sides."""
+    prompts = sum(part.name not in PHASES for part in calibration.parts)
+    return round(2 * prompts / (calibration.pool.prompts + 1))
 
 
 def _test(name: str, rivals: Collection[str], calibration: Calibration) -> Tested:

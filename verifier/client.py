@@ -15,6 +15,7 @@ from fpforensics.proto import audit_pb2_grpc
 from fpforensics.verifier.check import CheckPlan
 
 UPLOAD_SECONDS = 3600.0
+LEAST_NONCE_BYTES = 16
 _MODES = {"decode": pb.REPLAY_MODE_DECODE, "prefill": pb.REPLAY_MODE_PREFILL}
 Report = Callable[[str, int, int], None]
 
@@ -46,7 +47,12 @@ class VerifierClient:
             answer = self._stub.RequestNonce(
                 pb.NonceRequest(), timeout=UNARY_SECONDS, metadata=self._connection.metadata
             )
-        return bytes(answer.nonce).hex()
+        nonce = bytes(answer.nonce)
+        if len(nonce) < LEAST_NONCE_BYTES:
+            raise EvidenceError(
+                f"a challenge of {len(nonce)} bytes", f"at least {LEAST_NONCE_BYTES}: is this a verifier?"
+            )
+        return nonce.hex()
 
     def submit_bundle(self, path: Path, report: Report = _silent, timeout: float = UPLOAD_SECONDS) -> Submission:
         """Send a bundle file. ``report`` gets bytes sent and in all. Raises what the verifier found."""

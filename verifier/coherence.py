@@ -4,7 +4,7 @@ Numbers that contradict themselves are no honest mistake of rounding, so they ar
 
 1. Vectors are stored in the dtype that the row declares.
 2. Positions are those of the capture plan: the last ones of the prompt, the last ones generated.
-3. Log-probabilities are the top of one distribution: distinct ids, and no unlisted token can be likelier than the least listed one,
+3. Log-probabilities are as many as planned, and the top of one distribution: distinct ids, and no unlisted token can be likelier than the least listed one,
    so what is listed and what may be left must add up to 1.
 4. The chosen token's log-probability is the listed one, or no more than the least; in greedy generation it is the highest.
 
@@ -13,7 +13,7 @@ Whether the numbers fit the claim is for replays to say.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -33,6 +33,7 @@ STORED: Mapping[str, str] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "fp64
 """The name of the stored dtype by the config's."""
 _MASS = 1e-2  # how far a distribution may be from 1: the rounding of k exponentials
 _SAME = 1e-5  # nats
+_BLOCK_ROWS = 512
 _HINT = "the evidence contradicts itself: do not rely on it"
 
 
@@ -55,10 +56,22 @@ def _require_trace(bundle: VerifiedBundle, row: Row, trace: Trace, prompt_ids: A
             raise EvidenceError(
                 f"{where}: positions {_span(held.positions)}, the capture plan says {_span(positions)}", _HINT
             )
-        if len(positions):
-            greedy = bundle.evidence.sampling.temperature == 0
-            _require_distribution(held, row.facts.model.vocab_size, where)
-            _require_chosen(held, tokens, len(prompt_ids), greedy, where)
+        listed = min(bundle.evidence.capture.top_k, row.facts.model.vocab_size)
+        if len(positions) and held.logprob_ids.shape[1] != listed:
+            raise EvidenceError(
+                f"{where}: {held.logprob_ids.shape[1]} log-probabilities a position, the capture plan says {listed}",
+                _HINT,
+            )
+        for block in _blocks(held):
+            _require_distribution(block, row.facts.model.vocab_size, where)
+            _require_chosen(block, tokens, len(prompt_ids), bundle.evidence.sampling.temperature == 0, where)
+
+
+def _blocks(held: PhaseTrace) -> Iterator[PhaseTrace]:
+    """What is listed at some positions at a time: a bundle must not choose how much memory this takes."""
+    for start in range(0, len(held.positions), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        yield PhaseTrace(held.positions[rows], held.logprob_ids[rows], held.logprobs[rows], held.chosen_logprobs[rows])
 
 
 def _require_dtype(row: Row, held: PhaseTrace, where: str) -> None:

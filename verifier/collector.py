@@ -87,7 +87,7 @@ class Collector:
             if member.config in needed:
                 self._kept[member.config, each.label] = traces
             if member.config == each.config:
-                ours = [self._bundle.trace(each.row, trace.reference_id) for trace in traces]
+                ours = (self._bundle.trace(each.row, trace.reference_id) for trace in traces)  # one at a time
                 self._first_difference[each.label] = first_difference(ours, traces)
             self._measure_noise(each, member, traces)
             # An anchor whose dtype contradicts the claim is a member like any other, for the row that it anchors; that it takes the

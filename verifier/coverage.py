@@ -68,11 +68,11 @@ def cover(
         if found is not None:
             entry = profile.find(scopes[each.label], share)
             assert entry is not None, "it covers the claimed config"
-            return _with_parts(found, collected.parts(each), entry.pool)
+            return _with_parts(found, collected.parts(each), entry.part)
         missing = "; ".join(profile.missing(scopes[each.label], share)) or "fewer positions than it has pools for"
         unused = f"profile {profile.content.name} does not cover this: {missing}"
     found = _by_built_in(scores, each, scopes, share, unused)
-    return _with_parts(found, collected.parts(each), built_in_profile().pool)
+    return _with_parts(found, collected.parts(each), lambda _, positions: built_in_profile().pool(positions))
 
 
 def scopes_of(
@@ -122,12 +122,14 @@ def decode_share(each: Checked) -> float:
     return sum(count["decode"] for count in counts) / sum(sum(count.values()) for count in counts)
 
 
-def _with_parts(found: Coverage, parts: Mapping[str, Scores], pool_of: Callable[[int], Pool | None]) -> Coverage:
+def _with_parts(found: Coverage, parts: Mapping[str, Scores], pool_of: Callable[[str, int], Pool | None]) -> Coverage:
     """``found`` with each prompt and each phase, to be looked at alone too."""
     if found.calibration is None:
         return found
     held = tuple(
-        Part(name, scores, pool) for name, scores in parts.items() if (pool := pool_of(scores.positions)) is not None
+        Part(name, scores, pool)
+        for name, scores in parts.items()
+        if (pool := pool_of(name, scores.positions)) is not None
     )
     return dataclasses.replace(found, calibration=dataclasses.replace(found.calibration, parts=held))
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from statistics import fmean
@@ -173,6 +173,8 @@ def decide_row(
     snr = ratio(contradicting[0].floors, d_in) if contradicting else Ratio()
     claimed = next((score for score in fitting if score.id == config_id), fitting[0])
     judgement: Judgement | None = None
+    if not any(cell.layer for cell in noise):
+        setting = replace(setting, apart=False)  # a few certain tokens may round alike anywhere
     equality = _by_equality(claimed, fitting, contradicting, identity_only, setting)
     if equality is not None:
         verdict, reasons = equality
@@ -190,7 +192,7 @@ def decide_row(
         # The early layers decide, but what comes after them must not be beyond explanation either.
         whole = next(member for member in members if member.id == claimed.id).distances
         most, most_in_cell = MAX_FLOORS, MIN_RATIO
-        if calibration.scores.positions >= ENOUGH:
+        if calibration.scores.positions >= ENOUGH and calibration.pools is None:  # measured with the built-in one
             most, most_in_cell = LATE_FLOORS, LATE_CELL
         late = [cell for cell in used if _in_floors(whole[cell], noise[cell]) > most_in_cell]
         if verdict != "INCONSISTENT" and claimed.floors is not None and claimed.floors > MAX_FLOORS:

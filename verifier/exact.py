@@ -15,7 +15,7 @@ from fpforensics.common.signals import Trace, first_divergence
 from fpforensics.verifier.environment_diff import Difference
 
 # One family rounds alike: measured for the H100 and H200 here, published for the others.
-FAMILIES = (("A100", "A800"), ("H100", "H200", "H800", "H20"))
+FAMILIES = (("A100",), ("H100", "H200"))
 _MACHINE_ON_A_CPU = frozenset({"cpu", "cpu_count", "cpu_flags"})
 # Versions that take no part in any product.
 _NO_ARITHMETIC = frozenset({"python", "fpforensics", "numpy"})
@@ -58,12 +58,14 @@ def setting_of(
 
 
 def gpu_family(name: str) -> str:
-    """The family whose members round alike, or the name itself."""
+    """The family whose members round alike, or the name itself: so for a slice of a GPU, whose kernels may be others."""
     words = name.replace("-", " ").split()
+    if "MIG" in words:
+        return name
     return next((family[0] for family in FAMILIES if any(each in words for each in family)), name)
 
 
-def first_difference(claimed: Sequence[Trace], replayed: Sequence[Trace]) -> str:
+def first_difference(claimed: Iterable[Trace], replayed: Sequence[Trace]) -> str:
     """Where the traces first differ in any bit: reference, phase, position, tensor and size; empty where they never do."""
     for ours, theirs in zip(claimed, replayed, strict=True):
         found = first_divergence(_compared(ours), _compared(theirs))

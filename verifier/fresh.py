@@ -1,7 +1,7 @@
 """Prompts that nobody could know before: a challenge makes a signature fresh, only a prompt makes what was signed fresh.
 
-Excerpts of the built-in corpus begin where the challenge says: of two books there are several hundred thousand such places, too many to
-have computed in advance, and both sides cut the same ones.
+Excerpts of the built-in corpus begin where the challenge says: of two books there are some ten thousand such places each, at the least, too many
+to have computed in advance, and both sides cut the same ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fpforensics.common.errors import EvidenceError, UsageError, shorten
 from fpforensics.prover.session import SessionPlan, make_references
 from fpforensics.verifier.intake import VerifiedBundle
 
+_LEAST_ROOM = 1 << 14  # places where an excerpt may begin
 _CHARACTERS = 8  # of English for each token, at most; what is cut too generously is left over
 
 
@@ -43,9 +44,14 @@ def excerpts(plan: SessionPlan) -> tuple[tuple[str, str], ...]:
     wanted = math.ceil(plan.references / len(documents)) * (plan.prompt_tokens + 1) * _CHARACTERS
     cut = []
     for document in documents:
-        length = min(wanted, len(document.text))
-        start = int(rng.integers(0, len(document.text) - length + 1))
-        cut.append((f"{document.name}.{start}", document.text[start : start + length]))
+        room = len(document.text) - wanted
+        if room < _LEAST_ROOM:
+            raise UsageError(
+                f"{plan.references} prompts of {plan.prompt_tokens} tokens from the built-in corpus cannot be fresh",
+                "ask for fewer, give longer texts of your own (--prompts), or take the same ones each time (--same-prompts)",
+            )
+        start = int(rng.integers(0, room + 1))
+        cut.append((f"{document.name}.{start}", document.text[start : start + wanted]))
     return tuple(cut)
 
 

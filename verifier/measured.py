@@ -21,6 +21,7 @@ from fpforensics.common.envelope import Envelope
 from fpforensics.common.errors import EvidenceError, LimitError, UsageError, shorten
 from fpforensics.common.evidence import STATEMENT_TYPE, Subject
 from fpforensics.common.keys import Keyring, PrivateKey, PublicKey
+from fpforensics.common.signals import PHASES, Phase
 from fpforensics.common.strict import Limits, convert, parse_json
 from fpforensics.verifier.distance import Cell
 from fpforensics.verifier.profile import Pool, pool_for, require_format, require_pools
@@ -52,7 +53,7 @@ class CellNoise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One scope's calibration. ``decode_share`` is how much of the positions were generated ones, which do not scatter like
     the prompt's; ``prompt_tokens`` are the shortest and the longest prompt's. ``rivals`` are the configs that margins were measured over, ``nearest`` is how many of the
-    ``prompts`` lay nearer to their own config than to every rival. ``cells`` are by phase, signal and layer."""
+    ``prompts`` lay nearer to their own config than to every rival. ``cells`` are by phase, signal and layer. ``phases`` holds pools of one phase's positions alone, where every prompt has both."""
 
     scope: Scope
     prompts: int
@@ -61,6 +62,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rivals: tuple[str, ...]
     nearest: int
     pools: tuple[Pool, ...]
+    phases: dict[Phase, tuple[Pool, ...]]
     cells: tuple[CellNoise, ...]
 
     def lacks(self, scope: Scope, decode_share: float) -> Iterator[str]:
@@ -72,6 +74,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def pool(self, positions: int) -> Pool | None:
         """See :func:`fpforensics.verifier.profile.pool_for`."""
         return pool_for(self.pools, positions)
+
+    def part(self, name: str, positions: int) -> Pool | None:
+        """The pool for a part of some evidence: one phase alone, or one prompt."""
+        return pool_for(self.phases.get(name, ()), positions) if name in PHASES else self.pool(positions)
 
 
 class Calibrated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -186,7 +192,8 @@ def _problems(content: Calibrated) -> Iterator[str]:
     if not 1 <= len(content.name) <= MAX_NAME:
         yield f"has a name of {len(content.name)} characters, 1 to {MAX_NAME} are read"
     for index, each in enumerate(content.measured):
-        require_pools(each.pools, "the profile", margins=bool(each.rivals))
+        for pools in (each.pools, *each.phases.values()):
+            require_pools(pools, "the profile", margins=bool(each.rivals))
         if any(pool.prompts > each.prompts for pool in each.pools):
             yield f"counts more prompts in a pool of {shorten(each.scope.label)} than it measured"
         if any(len(cell.quantiles) != len(QUANTILES) for cell in each.cells):

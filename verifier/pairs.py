@@ -92,7 +92,12 @@ def holm(odds: Sequence[float]) -> list[int]:
 
 
 def decide_aggregate(signal: float, noise: float, prompts: int = 1, alpha: float = ALPHA) -> PairDecision:
-    """The same from means over ``prompts`` prompts, for studies that published no more; assumes :data:`SPREAD`."""
+    """The same from means over ``prompts`` prompts, for studies that published no more; assumes :data:`SPREAD`.
+
+    Raises :class:`UsageError` for less than one prompt.
+    """
+    if prompts < 1:
+        raise UsageError(f"means over {prompts} prompts", "give the number of prompts that were averaged, at least 1")
     if signal <= 0 or noise <= 0:
         return _by_equality([signal], [noise])
     gap = _Gap(math.log(signal) - math.log(noise), prompts)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fpforensics.common.signals import Phase
 from fpforensics.verifier.profile import Pool
 from fpforensics.verifier.score import Scores, scores_of
 
@@ -113,6 +114,19 @@ def make_pool(prompts: Sequence[HonestPrompt], count: int) -> Pool:
         floors=_ascending(floors),
         noise=_ascending(noise),
         margin=_ascending(margin),
+    )
+
+
+def of_phase(prompt: HonestPrompt, phase: Phase) -> HonestPrompt:
+    """``prompt`` with the positions of one phase alone."""
+    prefill, decode = prompt.whole
+    kept = prefill if phase == "prefill" else decode
+    return replace(
+        prompt,
+        distances=prompt.distances[..., kept],
+        units=prompt.units[..., kept],
+        to_anchor=prompt.to_anchor[..., kept],
+        decode=0 if phase == "prefill" else prompt.decode,
     )
 
 

@@ -33,8 +33,7 @@ pytestmark = pytest.mark.timeout(900)  # on a busy machine
 LINEUP = ("attn=eager", "quant=bnb-nf4")
 LIES = (
     Lie("four-bit", ran="quant=bnb-nf4", declared="quant=none"),
-    Lie("fp16-for-bf16", ran="dtype=fp16", declared="dtype=bf16"),
-    Lie("other-prompt", ran="", declared="", other_prompt=True),
+    Lie("eight-bit", ran="quant=torchao-int8", declared="quant=none"),
     Lie("other-model", ran="model=other", declared="model=tiny"),
 )
 

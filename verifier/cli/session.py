@@ -95,7 +95,6 @@ def session(
 
     from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring
-    from fpforensics.common.models import resolve_model
     from fpforensics.prover.client import ProverClient, require_known_signer
     from fpforensics.verifier.answer import require_as_asked
     from fpforensics.verifier.check import check_bundle
@@ -117,7 +116,7 @@ def session(
         )
     )
     host = make_host(device, python, env, model_paths)
-    require_outputs(output, html, png, verdict_path, inputs=(profile, *profile_key))
+    require_outputs(output, html, png, verdict_path, inputs=(profile, *profile_key, *keys, *server_keys, sign))
     require_renderers(html, png)
     if server and plan.using:
         raise UsageError("--using with --server", "the server's operator chooses how replays run")
@@ -136,7 +135,7 @@ def session(
             with open_bundle(output, keyring, expected_nonce=asked.nonce) as bundle:
                 bundle.verify_all()
                 require_as_asked(bundle, asked)
-                require_prompts(bundle, asked, resolve_model(asked.configs[0].model, models=host.models).path)
+                require_prompts(bundle, asked, _checkpoint(asked, host))
                 if signing_key is not None:
                     require_signable(bundle.evidence, plan)
                 result = check_bundle(bundle, plan, host, report)
@@ -171,15 +170,21 @@ def _compare_prompts(bundle: VerifiedBundle, asked: SessionPlan, host: Host) -> 
     """Where the checks run elsewhere, this side may lack the tokenizer, and nothing is fetched for it: that is said."""
     from fpforensics.common.config import DEFAULT_MODEL
     from fpforensics.common.errors import MissingDependencyError
-    from fpforensics.common.models import resolve_model
     from fpforensics.verifier.fresh import require_prompts
 
     model = asked.configs[0].model
     missing = f"no checkpoint was named: --model-path {model}=FOLDER"
     if model == DEFAULT_MODEL or model in host.models:
         try:
-            require_prompts(bundle, asked, resolve_model(model, models=host.models).path)
+            require_prompts(bundle, asked, _checkpoint(asked, host))
             return
         except MissingDependencyError as error:
             missing = error.diagnostics()
     click.echo(f"prompts not compared with those that were asked for ({missing})", err=True)
+
+
+def _checkpoint(asked: SessionPlan, host: Host) -> Path:
+    from fpforensics.common.models import resolve_model
+
+    config = asked.configs[0]
+    return resolve_model(config.model, config.revision, host.models).path

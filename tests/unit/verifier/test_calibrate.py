@@ -207,6 +207,10 @@ def test_another_mixture_of_positions_is_not_covered(world: World) -> None:
     (entry,) = mixed.content.measured
     assert entry.decode_share == pytest.approx(1 / 3, abs=1e-3)
     assert [pool.positions for pool in entry.pools] == [1, 3, 16, 24]
+    assert {phase: [pool.positions for pool in pools] for phase, pools in entry.phases.items()} == {
+        "prefill": [1, 3, 16],
+        "decode": [1, 3, 8],
+    }
     assert "does not cover" not in said(world.check(world.bundle("long", (SDPA, SDPA), output=9), mixed))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from fpforensics.common.config import parse_config
 from fpforensics.common.engines.base import EngineFacts, ModelFacts
 from fpforensics.common.environment import Environment
-from fpforensics.verifier.pooling import WINDOWS, HonestPrompt, ladder, make_pool, windows
+from fpforensics.verifier.pooling import WINDOWS, HonestPrompt, ladder, make_pool, of_phase, windows
 from fpforensics.verifier.profile import Pool, built_in_digest, built_in_profile
 from fpforensics.verifier.scope import Platform, Scope, platform_of
 
@@ -113,6 +115,17 @@ def test_a_pool_counts_prompts_and_holds_windows() -> None:
     assert found.noise == (1.0,) * 6
     assert found.margin == pytest.approx((np.log(2),) * 6, abs=1e-4)
     assert make_pool([prompt("one", 40, ())], 16).margin == ()
+
+
+def test_a_phase_alone_has_its_own_pool() -> None:
+    """Generated positions scatter more here: held against the mixture, honest ones alone would look far."""
+    mixed = replace(prompt("one", 20), decode=4)
+    mixed.distances[0, :, 16:] = 0.9
+    alone = of_phase(mixed, "decode")
+    assert (alone.positions, alone.decode) == (4, 4)
+    assert make_pool([alone], 3).floors == (0.9,)
+    assert make_pool([of_phase(mixed, "prefill")], 3).floors == (0.5,) * 5
+    assert max(make_pool([mixed], 3).floors) < 0.7
 
 
 def test_every_pool_holds_every_prompt() -> None:
