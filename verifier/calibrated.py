@@ -22,6 +22,7 @@ from typing import Literal
 from fpforensics.common.signals import PHASES
 from fpforensics.verifier.lanes import (
     ALPHA,
+    LANES,
     Tested,
     margin_of,
     prompt_margins,
@@ -31,7 +32,7 @@ from fpforensics.verifier.lanes import (
 )
 from fpforensics.verifier.matrix import Classes
 from fpforensics.verifier.profile import Pool
-from fpforensics.verifier.score import Scores
+from fpforensics.verifier.score import Scores, prompts_worth
 
 Verdict = Literal["CONSISTENT", "INCONSISTENT", "INCONCLUSIVE"]
 FAR = 2.0
@@ -73,6 +74,7 @@ class Calibration:
     ``wider`` are members of a wider dtype than the claimed config's, the anchor among them. ``kinds`` says of each member
     which kind it is of: members of one kind are no rivals (see :func:`fpforensics.verifier.lanes.rivals_of`). ``pools`` holds the
     members' own pools where each was calibrated by itself, and ``against`` what each one's margins were measured over.
+    ``larger`` are the pools of more positions than the evidence is worth.
     """
 
     scores: Scores
@@ -85,6 +87,7 @@ class Calibration:
     pools: Mapping[str, Pool] | None = None
     against: Mapping[str, Collection[str]] | None = None
     parts: Sequence[Part] = ()
+    larger: Sequence[Pool] = ()
 
     def pool_of(self, name: str) -> Pool:
         """The pool that ``name`` is held against."""
@@ -139,6 +142,9 @@ def judge(
         )
         return Judgement("INCONCLUSIVE", (too_near,), claim.p, tested)
     resting = f"{where}, as honest evidence is ({_p(claim)})"
+    least = _least(pool)
+    if claim.p <= least * (1 + 1e-9) and contradicting:
+        resting = f"{where}; p = {claim.p:.2g} is the least that this profile can give, so it cannot judge the claim"
     unopposed = "no member of the lineup contradicts the claim"
     if not contradicting:
         if identity_only:
@@ -196,20 +202,36 @@ def _why(claimed: str, claim: Tested, rivals: Collection[str], calibration: Cali
         best = min(rivals, key=lambda name: scores.distance[name])
         if scores.distance[best] < scores.distance[claimed]:
             times = scores.distance[claimed] / max(scores.distance[best], 1e-9)
-            reasons.append(f"{best}, which contradicts the claim, fits better: {claimed} is {times:.2f} times as far")
+            reasons.append(
+                f"{best}, which contradicts the claim, fits better: {claimed} is {times:.2f} times as far in the early layers"
+            )
     return tuple(reasons)
 
 
 def _needed(remain: Collection[str], names: list[str], classes: Classes, calibration: Calibration) -> int | None:
-    """Prompts after which the sign test would have rejected each of those that remain."""
-    every = []
+    """Prompts like these after which each of those that remain would be rejected; None if no number is known to do.
+
+    By the sign test for members that no profile covers. For the others the p-value comes from larger pools, if margins stay as they
+    are: several prompts are worth half of their positions together.
+    """
+    every: list[int | None] = []
     for name in remain:
-        against = rivals_of(name, names, classes, calibration.kinds)
+        against = calibration.measured(name, rivals_of(name, names, classes, calibration.kinds))
         if not against:
             return None
-        every.append(prompts_to_settle(prompt_margins([name], calibration.scores, against), calibration.alpha))
+        if name not in calibration.covered:
+            every.append(prompts_to_settle(prompt_margins([name], calibration.scores, against), calibration.alpha))
+            continue
+        margin = margin_of(calibration.scores.distance, [name], against)
+        settles = [pool for pool in calibration.larger if LANES * pool.p_margin(margin) <= calibration.alpha]
+        every.append(prompts_worth(settles[0].positions, calibration.scores.per_prompt) if settles else None)
     found = [each for each in every if each is not None]
     return max(found) if len(found) == len(every) else None
+
+
+def _least(pool: Pool) -> float:
+    """The smallest p-value that the lanes can give together."""
+    return min(1.0, LANES / (pool.prompts + 1))
 
 
 def _p(tested: Tested) -> str:

@@ -64,6 +64,11 @@ class Collector:
         self.reports: list[MemberReport] = []
         self.measurements: list[Measurement] = []
 
+    @property
+    def bundle_digest(self) -> str:
+        """``sha256:<hex>`` of the bundle."""
+        return self._bundle.digest
+
     def add(self, replay: MemberReplay) -> None:
         """Measure one member's replay against every row it replayed."""
         member = replay.member

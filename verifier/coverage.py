@@ -68,6 +68,9 @@ def cover(
         if found is not None:
             entry = profile.find(scopes[each.label], share)
             assert entry is not None, "it covers the claimed config"
+            if collected.bundle_digest in profile.bundles:
+                said = f"{profile.content.name} was calibrated on this very bundle: its p-values say nothing here"
+                found = dataclasses.replace(found, remarks=(said, *found.remarks))
             return _with_parts(found, collected.parts(each), entry.part)
         missing = "; ".join(profile.missing(scopes[each.label], share)) or "fewer positions than it has pools for"
         unused = f"profile {profile.content.name} does not cover this: {missing}"
@@ -167,6 +170,7 @@ def _by_measured(
         kinds,
         pools=pools | {name: general for name in others if general is not None},
         against=against,
+        larger=[pool for pool in found[each.label].pools if pool.positions > scores.positions],
     )
     remarks = (
         *_few(found),
@@ -185,7 +189,8 @@ def _by_built_in(scores: Scores, each: Checked, scopes: Mapping[str, Scope], sha
         return Coverage(unused=unused)
     configs = {name: scopes[name].config for name in scores.distance}
     covered = {name for name, config in configs.items() if profile.covers(config)}
-    calibration = Calibration(scores, pool, profile.name, covered, _wider(configs), _kinds(configs))
+    larger = [each for each in profile.pools if each.positions > scores.positions]
+    calibration = Calibration(scores, pool, profile.name, covered, _wider(configs), _kinds(configs), larger=larger)
     found = [*profile.strays(scopes[each.label]), *(["generated positions"] if share else [])]
     strays = ", ".join(shorten(stray, 100) for stray in found)
     remarks = (f"the error rate is an extrapolation: {profile.name} did not measure {strays}",) if strays else ()

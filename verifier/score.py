@@ -8,6 +8,7 @@ and the anchor, the same weights in a wider dtype. Positions of prefill and deco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -40,7 +41,8 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
     ``distance`` is the distance to each member in the claimed config's floors, ``floors`` the same in the member's own,
     ``noise`` the distance from the evidence to the anchor in the member's own floors: how noisy the evidence itself is,
     about 1 for the config that made it (members with other weights than the anchor have none). All three are over the
-    sums of all references. ``by_prompt`` is ``distance`` of each reference alone.
+    sums of all references. ``by_prompt`` is ``distance`` of each reference alone,
+    ``per_prompt`` how many positions a prompt has on average.
     """
 
     references: tuple[str, ...]
@@ -49,6 +51,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
     floors: dict[str, float]
     noise: dict[str, float]
     by_prompt: dict[str, tuple[float, ...]]
+    per_prompt: int = 0
 
 
 def score(
@@ -76,7 +79,9 @@ def score(
     if np.isnan(floors[names.index(claimed)]).any():
         return None
     worth = worth_in_positions([sum(counts[each].values()) for each in references])
-    return scores_of(names, claimed, worth, np.array(found), floors, evidence_noise, references)
+    scores = scores_of(names, claimed, worth, np.array(found), floors, evidence_noise, references)
+    average = sum(sum(counts[each].values()) for each in references) // len(references)
+    return msgspec.structs.replace(scores, per_prompt=average)
 
 
 def worth_in_positions(counts: Sequence[int]) -> int:
@@ -87,6 +92,13 @@ def worth_in_positions(counts: Sequence[int]) -> int:
     those of one config.
     """
     return max(min(counts), min(sum(counts) // 2, MOST_SUMMED))
+
+
+def prompts_worth(positions: int, per_prompt: int) -> int | None:
+    """How many prompts of ``per_prompt`` positions are worth ``positions`` of one; None if no number is."""
+    if positions > MOST_SUMMED or per_prompt < 1:
+        return None
+    return math.ceil(2 * positions / per_prompt)
 
 
 def scores_of(

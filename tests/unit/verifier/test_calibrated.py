@@ -104,6 +104,23 @@ def test_two_members_alike_leave_it_open_and_are_named() -> None:
     assert "far" not in found.reasons[1]
 
 
+def test_how_many_prompts_would_settle_it_is_what_larger_pools_say() -> None:
+    measured = msgspec.structs.replace(scores(sdpa=0.5, twin=0.56), per_prompt=4)
+    wide = msgspec.structs.replace(POOL, positions=32, margin=tuple(np.linspace(0.2, 0.9, 999).tolist()))
+    sixteen = msgspec.structs.replace(wide, positions=16)
+    open_ = calibration(measured)
+    assert judge("sdpa", ["sdpa"], ["twin"], open_).prompts_needed is None
+    assert judge("sdpa", ["sdpa"], ["twin"], replace(open_, larger=(sixteen,))).prompts_needed == 8
+    assert judge("sdpa", ["sdpa"], ["twin"], replace(open_, larger=(wide,))).prompts_needed is None, "sums count for 16"
+
+
+def test_a_profile_that_can_reject_nothing_vouches_for_nothing() -> None:
+    few = replace(calibration(scores(sdpa=0.9, eager=0.7)), pool=msgspec.structs.replace(POOL, prompts=4))
+    found = judge("sdpa", ["sdpa"], ["eager"], few)
+    assert found.verdict == "INCONCLUSIVE"
+    assert "p = 0.6 is the least that this profile can give" in found.reasons[0]
+
+
 def test_a_kernel_class_is_no_rival_but_stays_open() -> None:
     measured = scores(sdpa=0.5, twin=0.5)
     found = judge("sdpa", ["sdpa"], ["twin"], calibration(measured), [("sdpa", "twin")])
