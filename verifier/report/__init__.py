@@ -30,6 +30,7 @@ SIGNAL_TITLES: dict[Signal, str] = {
 
 NO_SCALE = "the diagonal does not fit the evidence: no scale"
 """In place of a label where the noise that it would be measured by is the distance to a config that did not run."""
+OVER_ALL_LAYERS = "Decisions on pairs are over the layers of this table; the verdict above rests on the early layers, where more is seen."
 SAME_KERNELS = "bit-identical baseline: says nothing about other hardware"
 """What an infinite SNR is: a distance over a diagonal of exactly 0."""
 
@@ -108,6 +109,11 @@ def decided(decision: PairDecision | None) -> str:
     if decision.verdict == "UNRESOLVED" and decision.prompts_needed:
         return f"UNRESOLVED, {decision.prompts_needed} prompts"
     return decision.verdict
+
+
+def pair_decision(pair: PairSnr, unfit: Collection[str]) -> str:
+    """Our verdict on a pair; none where the noise is the distance to a config that did not run (``unfit``: :func:`misfits`)."""
+    return "—" if pair.a in unfit or pair.b in unfit else decided(pair.decision)
 
 
 def floors(value: float | None) -> str:

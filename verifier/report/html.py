@@ -15,6 +15,7 @@ from fpforensics.verifier.environment_diff import mismatches
 from fpforensics.verifier.matrix import MatrixReport, Table
 from fpforensics.verifier.report import (
     NO_SCALE,
+    OVER_ALL_LAYERS,
     SAME_KERNELS,
     SIGNAL_TITLES,
     calibrated,
@@ -26,6 +27,7 @@ from fpforensics.verifier.report import (
     misfits,
     noted,
     p_value,
+    pair_decision,
     pair_scale,
     row_snr,
     scale,
@@ -65,6 +67,8 @@ def render(result: CheckResult) -> str:
         misfits=lambda matrix: misfits(matrix, result.rows),
         scale=scale,
         pair_scale=pair_scale,
+        pair_decision=pair_decision,
+        over_all_layers=OVER_ALL_LAYERS,
         noted=noted,
         no_scale=NO_SCALE,
         same_kernels=SAME_KERNELS,

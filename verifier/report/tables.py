@@ -129,9 +129,11 @@ def pairs(
     named: Sequence[tuple[str, MeasuredPair, bool]],
     meant: Sequence[str] | None = None,
     what: str = "Pair",
+    decisions: Sequence[str] | None = None,
 ) -> Iterator[str]:
     """``named`` are pairs with their names, most detectable first, and whether both are of one kernel class; ``meant`` says for
-    each what its SNR means, if not the label of its number; ``what`` says what the names are of.
+    each what its SNR means, if not the label of its number; ``what`` says what the names are of; ``decisions`` stand
+    for the pairs' own.
     """
     if not named:
         return
@@ -140,11 +142,12 @@ def pairs(
     yield f"{what:<{side}}{'Signal':>11}{'Noise':>11}{'SNR':>9}  {'Decision':<{_DECISION}}"
     yield "-" * (side + 33 + _DECISION)
     labels = [labelled(pair.snr, pair.snr_infinite) for _, pair, _ in named]
-    for (name, pair, same_class), label in zip(named, meant or labels, strict=True):
+    own = [decided(pair.decision) for _, pair, _ in named]
+    for (name, pair, same_class), label, decision in zip(named, meant or labels, decisions or own, strict=True):
         ratio = snr(pair.snr, pair.snr_infinite, digits=1)
         said = f"  {label}" * bool(label) + "  one kernel class" * same_class
         numbers = f"{distance(pair.signal):>11}{distance(pair.noise):>11}{ratio:>9}"
-        yield f"{name:<{side}}{numbers}  {decided(pair.decision):<{_DECISION}}{said}".rstrip()
+        yield f"{name:<{side}}{numbers}  {decision:<{_DECISION}}{said}".rstrip()
 
 
 def phases_compared(measured: Iterable[tuple[Phase, Signal, Measured]]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from fpforensics.verifier.environment_diff import Difference, mismatches
 from fpforensics.verifier.matrix import MatrixReport, PairSnr
 from fpforensics.verifier.report import (
     NO_SCALE,
+    OVER_ALL_LAYERS,
     SAME_KERNELS,
     calibrated,
     caveats,
@@ -22,6 +23,7 @@ from fpforensics.verifier.report import (
     misfits,
     noted,
     p_value,
+    pair_decision,
     pair_scale,
     row_snr,
     scale,
@@ -168,7 +170,10 @@ def _phase(result: CheckResult, phase: Phase) -> Iterator[str]:
             phase,
             [(f"{pair.a} vs {pair.b}", pair, pair.same_kernel_class) for pair in matrix.pairwise],
             [pair_scale(pair, names) for pair in matrix.pairwise],
+            decisions=[pair_decision(pair, names) for pair in matrix.pairwise],
         )
+        if matrix.pairwise:
+            yield OVER_ALL_LAYERS
         yield from _explained(matrix.pairwise, any(pair.a in names or pair.b in names for pair in matrix.pairwise))
 
 
