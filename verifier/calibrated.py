@@ -39,15 +39,12 @@ FAR = 2.0
 """Noise floors beyond which a config that no profile covers is rejected, without an error rate."""
 FAR_FROM_WIDER = 0.5
 """The same for a config of a wider dtype than the claimed one: what it computes lies at its own replay, hardly a floor away."""
-
-_MOST_NAMED = 4
 ENOUGH = 16
 """Positions below which evidence scatters too much for the limit on wider dtypes."""
-
-
 OUTLYING = 0.1
 """By how much a part (one prompt, one phase) must leave the range of all honest ones before it keeps the whole from being CONSISTENT:
 in noise floors, and in the logarithm of the margin."""
+_MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
