@@ -1,10 +1,11 @@
 """Record cross-hardware evidence and its distances: the measurements that the decision rests on.
 
     bench/evidence.py record  --device cuda --key K -o FOLDER [--config SPEC …]     prover bundles, one per config
-    bench/evidence.py replay  FOLDER --device cpu --key K.pub -o FILE.npz [--member SPEC …]
+    bench/evidence.py replay  FOLDER --device cpu --key K.pub -o FILE.npz [--member SPEC …] [--early]
 
 `record` runs the project's own prover: 24 references of the built-in corpus, 64 prompt positions and the decode
 positions of a few generated tokens, for every config that runs on the device (the others are named with their reason).
+With `--new-tokens 1` there are no decode positions; all rows of a prompt then share their replays, whatever their one token was.
 `replay` teacher-forces every bundle's tokens under every member and stores, for each position and each cell (logprobs,
 keys and hidden states by layer), the L2 distance from the evidence to the replay and from the replay to the float32
 anchor; and, as controls, the distance to another prompt's replay and to a model whose weights were disturbed.
@@ -34,6 +35,7 @@ from fpforensics.common.signals import PHASES, CapturePlan, Forcing, Sampling, T
 from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.distance import SignalKey, position_distances
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
+from fpforensics.verifier.score import EARLY
 
 CONFIGS = {
     "cuda": (
@@ -107,9 +109,11 @@ def main() -> None:
             command.add_argument("--prompt-tokens", type=int, default=192)
             command.add_argument("--new-tokens", type=int, default=9)
             command.add_argument("--repetitions", type=int, default=2)
+            command.add_argument("--layers", default=",".join(CAPTURE.layers))
         else:
             command.add_argument("folder", type=Path)
             command.add_argument("--member", action="append")
+            command.add_argument("--early", action="store_true", help="only prompt positions, the cells that decide, no controls")
             command.add_argument("--using", default="", help="matmul=fp32-rounded: how this verifier computes products")
     arguments = parser.parse_args()
     host = Host(device=arguments.device, env=dict(each.split("=", 1) for each in arguments.env))
@@ -130,7 +134,8 @@ def record(arguments: argparse.Namespace, host: Host) -> None:
             configs=(parse_config(spec),),
             references=arguments.references,
             prompt_tokens=arguments.prompt_tokens,
-            capture=CAPTURE,
+            capture=msgspec.structs.replace(CAPTURE, layers=tuple(arguments.layers.split(","))),
+            layers_named=True,
             sampling=Sampling(max_new_tokens=arguments.new_tokens),
             repetitions=arguments.repetitions,
         )
@@ -148,14 +153,18 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
     keyring = Keyring.from_paths([arguments.key])
     bundles = [open_bundle(path, keyring) for path in sorted(arguments.folder.glob("*.msgpack"))]
     claimed = [claimed_traces(bundle) for bundle in bundles]
+    members = [ANCHOR, *(arguments.member or MEMBERS)]
     disturbed = Path(arguments.output).with_suffix(".model")
-    disturb(resolve_model(ExecutionConfig().model).path, disturbed)
-    host = msgspec.structs.replace(host, models={DISTURBED: str(disturbed)})
-    members = [ANCHOR, *(arguments.member or MEMBERS), f"model={DISTURBED}"]
+    if not arguments.early:
+        disturb(resolve_model(ExecutionConfig().model).path, disturbed)
+        host = msgspec.structs.replace(host, models={DISTURBED: str(disturbed)})
+        members.append(f"model={DISTURBED}")
     using = parse_config(arguments.using).matmul
+    measure = early_table if arguments.early else table
     anchors: list[list[Trace]] = []
     names: list[str] = []
-    evidence, noise = [], []
+    evidence: list[Any] = []
+    noise: list[Any] = []
     for spec in members:
         if time.perf_counter() - started > arguments.seconds:
             say(f"{spec}: no time left")
@@ -171,16 +180,17 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
             continue
         anchors = anchors or traces
         names.append(config_id(parse_config(spec)))
-        evidence.append([table(ours, theirs) for ours, theirs in zip(claimed, traces, strict=True)])
-        noise.append([table(ours, theirs) for ours, theirs in zip(traces, anchors, strict=True)])
-        if spec == "attn=sdpa":
+        evidence.append([measure(ours, theirs) for ours, theirs in zip(claimed, traces, strict=True)])
+        noise.append([measure(ours, theirs) for ours, theirs in zip(traces, anchors, strict=True)])
+        if spec == "attn=sdpa" and not arguments.early:
             names.append(WRONG_PROMPT)
             shifted = [[*each[1:], each[0]] for each in traces]
-            evidence.append([table(ours, theirs) for ours, theirs in zip(claimed, shifted, strict=True)])
+            evidence.append([measure(ours, theirs) for ours, theirs in zip(claimed, shifted, strict=True)])
             noise.append(noise[-1])
         say(f"{spec}: {time.perf_counter() - before:.0f} s")
-    shutil.rmtree(disturbed)
-    cells = [str(key.signal) + (f"/{key.layer}" if key.layer else "") for key in cell_keys(claimed[0][0])]
+    shutil.rmtree(disturbed, ignore_errors=True)
+    keys = EARLY if arguments.early else cell_keys(claimed[0][0])
+    cells = [str(key.signal) + (f"/{key.layer}" if key.layer else "") for key in keys]
     np.savez_compressed(
         arguments.output,
         rows=np.array([bundle.evidence.rows[0].config_id for bundle in bundles]),
@@ -188,7 +198,8 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
         cells=np.array(cells),
         prefill=np.array(CAPTURE.prefill_positions),
         evidence=shortened(np.array(evidence).swapaxes(0, 1)),
-        noise=shortened(np.array(noise).swapaxes(0, 1)),
+        # Without decode positions the replays are the same for every row: once is enough.
+        noise=shortened(np.array(noise).swapaxes(0, 1)[: 1 if arguments.early else None]),
     )
     say(f"{arguments.output}: {arguments.output.stat().st_size} bytes")
 
@@ -207,7 +218,8 @@ def replayed(bundles: Sequence[VerifiedBundle], config: ExecutionConfig, host: H
     for index, bundle in enumerate(bundles):
         for reference in bundle.references():
             forcing = bundle.forcing(bundle.evidence.rows[0], reference.id)
-            alike.setdefault((reference.id, forcing.output_ids.tobytes()), []).append((index, forcing))
+            fed = forcing.output_ids[:-1]  # the last token decides nothing
+            alike.setdefault((reference.id, fed.tobytes()), []).append((index, forcing))
     merged = [
         replace(
             group[0][1],
@@ -257,6 +269,12 @@ def table(claimed: Sequence[Trace], replay: Sequence[Trace]) -> Any:
                     found[index, column, at : at + count] = distances[key]
             at += len(ours.phase(phase).positions)
     return found
+
+
+def early_table(claimed: Sequence[Trace], replay: Sequence[Trace]) -> Any:
+    """(references, cells of EARLY, prompt positions)."""
+    keys = cell_keys(claimed[0])
+    return table(claimed, replay)[:, [keys.index(key) for key in EARLY], : CAPTURE.prefill_positions]
 
 
 def last_rows(trace: Any, like: Any, count: int) -> Any:
