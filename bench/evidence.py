@@ -113,7 +113,9 @@ def main() -> None:
         else:
             command.add_argument("folder", type=Path)
             command.add_argument("--member", action="append")
-            command.add_argument("--early", action="store_true", help="only prompt positions, the cells that decide, no controls")
+            command.add_argument(
+                "--early", action="store_true", help="only prompt positions, the cells that decide, no controls"
+            )
             command.add_argument("--using", default="", help="matmul=fp32-rounded: how this verifier computes products")
     arguments = parser.parse_args()
     host = Host(device=arguments.device, env=dict(each.split("=", 1) for each in arguments.env))
