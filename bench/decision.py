@@ -1,30 +1,33 @@
-"""From recorded distances to the built-in profile, and the error rates of the decision that rests on it.
+"""The error rates of the decision on recorded distances, and where in the layers its power lies.
 
     bench/decision.py reduce H100-ON-CPU.npz CPU-ON-H100.npz -o tests/assets/h100/distances.npz
-    bench/decision.py profile [-o verifier/builtin.json]
-    bench/decision.py rates
+    bench/decision.py rates [--verdicts 1000] [--lies 200]
     bench/decision.py picture -o docs/images/layers.png
 
 `reduce` keeps what the others need of two files that `bench/evidence.py replay` wrote; the others read what is kept.
-`rates` resamples prompts and windows of positions into verdicts: honest claims that come out INCONSISTENT, and lies that
-are caught. The profile is leave-one-out there: a prompt is never judged by a pool that holds it.
+`rates` resamples prompts and windows of positions into whole verdicts, by the product's own rule and the built-in profile:
+honest claims that come out INCONSISTENT, and lies that are caught. The profile (`bench/honest.py`) holds none of these prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from fpforensics.verifier.lanes import ALPHA, test_member
-from fpforensics.verifier.pooling import HonestPrompt, make_pool, windows
-from fpforensics.verifier.profile import FORMAT, Pool, Profile
+from fpforensics.common.config import parse_config
+from fpforensics.verifier.calibrated import Calibration, Part
+from fpforensics.verifier.collector import kind_of
+from fpforensics.verifier.decision import Member, RowVerdict, decide_row
+from fpforensics.verifier.distance import Cell
+from fpforensics.verifier.pooling import windows
+from fpforensics.verifier.profile import Profile, built_in_profile
 from fpforensics.verifier.score import EARLY, Scores, scores_of, worth_in_positions
 
 ROOT = Path(__file__).parents[1]
@@ -32,12 +35,14 @@ DATA = ROOT / "tests" / "assets" / "h100" / "distances.npz"
 SDPA, EAGER, ANCHOR = "attn=sdpa,dtype=bf16", "attn=eager", "dtype=fp32"
 KERNELS = (SDPA, EAGER, "emulate_tp=2", "emulate_tp=4")
 FAR = ("quant=torchao-int8", "quant=bnb-nf4", "dtype=fp16", "wrong-prompt", "model=disturbed")
-# What a row is on a machine without its kernels, and rows that are another row's twin.
-OWN = {"attn=sdpa_flash": SDPA, "attn=sdpa_math": SDPA, "attn=sdpa_cudnn": SDPA, "batch=2": SDPA, "batch=4": SDPA}
-TWINS = ("attn=sdpa_cudnn", "batch=2", "batch=4")
+# What a row is on a machine without its kernels.
+OWN = {"attn=sdpa_flash": SDPA, "attn=sdpa_math": SDPA}
 PROFILED = ("dtype=fp16", "quant=torchao-int8", "attn=sdpa_flash", "attn=sdpa_math", *KERNELS)
 POSITIONS = (1, 3, 16, 64)
-POOLED = (1, 3, 8, 16, 64)
+CONTROLS = ("wrong-prompt", "model=disturbed")
+SAME = (SDPA, "attn=sdpa_math")
+ROWS = (*PROFILED, "quant=torchao-int4")
+LINEUP = (*KERNELS, "attn=sdpa_math", "dtype=fp16", "quant=torchao-int8")
 PREFILL = 64
 MODEL = "smollm2-135m"
 WEIGHTS = "sha256:a2d61b15b0c52eca4c3b5264cda8173319788c03189d63c8d2898317d6e562d7"
@@ -85,7 +90,14 @@ class Tables:
     units: Any
     to_anchor: Any
 
+    def only(self, names: Sequence[str]) -> Tables:
+        """The tables of these members."""
+        rows = [self.names.index(name) for name in names]
+        return Tables(self.width, list(names), self.distances[rows], self.units[rows], self.to_anchor)
+
     def scores(self, references: Sequence[int], claimed: str = SDPA) -> Scores:
+        """What the decision sees of these prompts."""
+        claimed = SDPA if claimed.startswith(("quant", *CONTROLS)) else claimed
         drawn = np.array(references)
         worth = worth_in_positions([self.width] * len(drawn))
         named = tuple(f"ref_{each}" for each in drawn)
@@ -99,20 +111,16 @@ def main() -> None:
     reduce_ = commands.add_parser("reduce")
     reduce_.add_argument("files", nargs=2, type=Path)
     reduce_.add_argument("-o", "--output", type=Path, default=DATA)
-    profile_ = commands.add_parser("profile")
-    profile_.add_argument("-o", "--output", type=Path, default=ROOT / "verifier" / "builtin.json")
     rates_ = commands.add_parser("rates")
-    rates_.add_argument("--verdicts", type=int, default=1000)
+    rates_.add_argument("--verdicts", type=int, default=1000, help="of each honest row")
+    rates_.add_argument("--lies", type=int, default=200, help="of each lie")
     picture_ = commands.add_parser("picture")
     picture_.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "images" / "layers.png")
     arguments = parser.parse_args()
     if arguments.command == "reduce":
         reduce(arguments.files, arguments.output)
-    elif arguments.command == "profile":
-        arguments.output.write_bytes(msgspec.json.encode(build_profile(load())) + b"\n")
-        print(f"{arguments.output}: {arguments.output.stat().st_size} bytes")
     elif arguments.command == "rates":
-        print_rates(load(), arguments.verdicts)
+        print_rates(load(), arguments.verdicts, arguments.lies)
     else:
         draw(load(), arguments.output)
 
@@ -126,29 +134,42 @@ def load(path: Path = DATA) -> list[Direction]:
                 [str(each) for each in data[f"{name}.members"]],
                 [str(each) for each in data[f"{name}.cells"]],
                 expand(data[f"{name}.evidence"]),
-                expand(data[f"{name}.noise"]),
+                _every_row(expand(data[f"{name}.noise"])),
             )
             for name in data["names"]
         ]
 
 
+def _every_row(noise: Any) -> Any:
+    """The inverse of what :func:`reduce` leaves out."""
+    return np.where(np.isnan(noise[1:]), noise[:1], noise[1:])
+
+
 def reduce(files: Sequence[Path], output: Path) -> None:
-    """Prompt positions only; every cell for the four kernels, the early ones for the rest; float16 logarithms."""
+    """Prompt positions of the rows and members that verdicts need; every cell for the four kernels, the early ones for the
+    rest; logarithms in 16 bits."""
     kept: dict[str, Any] = {"names": np.array([path.stem for path in files])}
     for path in files:
         with np.load(path) as data:
             rows, members, cells = ([str(each) for each in data[key]] for key in ("rows", "members", "cells"))
             early = [cells.index(f"{key.signal}/{key.layer}") for key in EARLY]
             late = [column for column in range(len(cells)) if column not in early]
-            evidence, noise = data["evidence"][..., :PREFILL], data["noise"][..., :PREFILL]
+            i = [index for index, row in enumerate(rows) if row in ROWS]
+            j = [index for index, member in enumerate(members) if member in (ANCHOR, *LINEUP, *FAR)]
+            rows, members = [rows[index] for index in i], [members[index] for index in j]
+            evidence, noise = (data[key][i][:, j][..., :PREFILL] for key in ("evidence", "noise"))
             for table in (evidence, noise):
-                for i, row in enumerate(rows):
-                    for j, member in enumerate(members):
+                for row, of_row in zip(rows, table, strict=True):
+                    for member, of_both in zip(members, of_row, strict=True):
                         if row not in KERNELS or member not in (*KERNELS, ANCHOR):
-                            table[i, j][:, late] = np.nan
-            drop = [members.index(each) for each in members if each in ("wrong-prompt", "model=disturbed")]
-            noise[:, drop] = np.nan
-            kept |= {f"{path.stem}.{key}": data[key] for key in ("rows", "members", "cells")}
+                            of_both[:, late] = np.nan
+            noise[:, [members.index(each) for each in members if each in CONTROLS]] = np.nan
+            # At prompt positions the members' vectors are the same for every row: only log-probabilities, taken at the row's
+            # own ids, differ. Once is enough, where the kernels' late cells are.
+            noise = noise[[rows.index(SDPA), *range(len(rows))]]
+            noise[1:, :, :, [column for column, cell in enumerate(cells) if "/" in cell]] = np.nan
+            kept |= {f"{path.stem}.rows": np.array(rows), f"{path.stem}.members": np.array(members)}
+            kept |= {f"{path.stem}.cells": data["cells"]}
             kept |= {f"{path.stem}.evidence": shrink(evidence), f"{path.stem}.noise": shrink(noise)}
     np.savez_compressed(output, **kept)
     print(f"{output}: {output.stat().st_size} bytes")
@@ -172,53 +193,13 @@ def expand(planes: Any) -> Any:
     return values
 
 
-def build_profile(directions: Sequence[Direction], without: int | None = None) -> Profile:
-    """``without`` leaves one prompt out."""
-    return Profile(
-        format=FORMAT,
-        name="SmolLM2-135M, H100 and x86 CPU",
-        created_at="2026-11-22T00:00:00+00:00",
-        model=MODEL,
-        weights=WEIGHTS,
-        prover=("NVIDIA H100 80GB HBM3", "x86 CPU"),
-        verifier=("x86 CPU", "NVIDIA H100 80GB HBM3"),
-        dtypes=("bf16", "fp16"),
-        attentions=("eager", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
-        quantizations=("none", "torchao-int8"),
-        batch_sizes=(1, 2, 4),
-        emulated_tensor_parallel=(1, 2, 4),
-        matmuls=("native",),
-        pools=tuple(build_pool(directions, count, without) for count in POOLED),
-    )
+def rivals_in(names: Sequence[str], own: str) -> tuple[str, ...]:
+    """The members that honest evidence of ``own`` could lie nearer to: all of another kind."""
+    return tuple(name for name in names if _kind(name) != _kind(own))
 
 
-def build_pool(directions: Sequence[Direction], count: int, without: int | None) -> Pool:
-    return make_pool(list(honest_prompts(directions, without)), count)
-
-
-def honest_prompts(directions: Sequence[Direction], without: int | None) -> Iterator[HonestPrompt]:
-    """Every prompt of every profiled row, each (direction, row, prompt) one of its own."""
-    for direction in directions:
-        rivals_in = [each for each in direction.members if each not in (ANCHOR, "wrong-prompt", "model=disturbed")]
-        for row in direction.rows:
-            if row not in PROFILED:
-                continue
-            own = direction.own(row)
-            tables = direction.by_position(row)
-            for reference in range(direction.evidence.shape[2]):
-                if reference != without:
-                    yield HonestPrompt(
-                        key=f"{direction.name}/{row}/{reference}",
-                        own=own,
-                        base=SDPA if own.startswith("quant") else own,
-                        rivals=tuple(
-                            each for each in rivals_in if each != own and {own, each} != {SDPA, "attn=sdpa_math"}
-                        ),
-                        names=tuple(tables.names),
-                        distances=tables.distances[:, reference],
-                        units=tables.units[:, reference],
-                        to_anchor=tables.to_anchor[reference],
-                    )
+def _kind(name: str) -> str:
+    return name if name in CONTROLS else kind_of(parse_config(name))
 
 
 @dataclass(frozen=True)
@@ -250,47 +231,99 @@ def cases(directions: Sequence[Direction]) -> Iterator[Case]:
                 yield Case(direction, SDPA, claimed)
 
 
-def verdicts(case: Case, pools: Sequence[Profile], prompts: int, count: int, wanted: int, rng: Any) -> tuple[int, int]:
-    """(rejected, nearest to what is claimed) of ``wanted`` resampled bundles."""
-    members = [each for each in case.direction.members if each not in (ANCHOR, "wrong-prompt", "model=disturbed")]
-    every = case.direction.evidence.shape[2]
-    by_window = [case.direction.tables(case.row, window) for window, _ in windows(count, PREFILL)]
-    rejected = nearest = 0
+class Bundles:
+    """Bundles of one row, drawn from the recorded prompts, judged as ``verifier check`` judges them."""
+
+    def __init__(self, case: Case, profile: Profile, count: int) -> None:
+        self.case, self.profile = case, profile
+        direction, row = case.direction, case.direction.rows.index(case.row)
+        self.members = [name for name in direction.members if name in LINEUP or name == case.claimed]
+        self.covered = {name for name in self.members if name not in CONTROLS and profile.covers(parse_config(name))}
+        if case.claimed in CONTROLS:  # other weights or another prompt behind the words of an honest claim
+            self.covered.add(case.claimed)
+        self.kinds = {name: _kind(name) for name in self.members}
+        columns = [direction.members.index(name) for name in self.members]
+        base = direction.members.index(SDPA if case.claimed.startswith(("quant", *CONTROLS)) else case.claimed)
+        self.cells = [Cell("prefill", *name.split("/")) for name in direction.cells]  # type: ignore[arg-type]
+        self.windows = [window for (window, _) in windows(count, PREFILL)]
+        self.tables = [direction.tables(case.row, window) for window in self.windows]
+        evidence, noise = direction.evidence[row][columns], direction.noise[row][base]
+        # (windows, members or nothing, prompts, cells): means over each window
+        self.evidence = np.array([evidence[..., window].mean(-1) for window in self.windows])
+        self.noise = np.array([noise[..., window].mean(-1) for window in self.windows])
+
+    def verdict(self, drawn: Sequence[int], window: int) -> RowVerdict:
+        """The verdict on the drawn prompts (numbers may repeat: each is a prompt of its own then)."""
+        references = [f"ref_{index}" for index in range(len(drawn))]
+        tables, claimed = self.tables[window].only(self.members), self.case.claimed
+        scores = tables.scores(drawn, claimed)
+        pool = self.profile.pool(scores.positions)
+        assert pool is not None
+        parts = []
+        for one in dict.fromkeys(drawn) if len(drawn) > 1 else ():
+            alone = tables.scores([one], claimed)
+            if (held := self.profile.pool(alone.positions)) is not None:
+                parts.append(Part(f"ref_{one}", alone, held))
+        fitting = {claimed, *(SAME if claimed in SAME else ())}
+        noise, evidence = self.noise[window][drawn].mean(0), self.evidence[window][:, drawn]
+        known = np.flatnonzero(~np.isnan(evidence).any(axis=(0, 1)))  # late cells were kept for the kernels alone
+        members = [
+            Member(
+                name,
+                name in fitting,
+                {
+                    reference: {self.cells[cell]: float(each[cell]) for cell in known}
+                    for reference, each in zip(references, rows, strict=True)
+                },
+            )
+            for name, rows in zip(self.members, evidence, strict=True)
+        ]
+        return decide_row(
+            config_id=claimed,
+            claim=claimed,
+            members=members,
+            noise={self.cells[cell]: float(noise[cell]) for cell in known},
+            kernel_classes=(SAME,) if set(SAME) <= set(self.members) else (),
+            calibration=Calibration(scores, pool, self.profile.name, self.covered, kinds=self.kinds, parts=parts),
+        )
+
+
+def verdicts(case: Case, profile: Profile, prompts: int, count: int, wanted: int, rng: Any) -> Counter[str]:
+    """How many of ``wanted`` resampled bundles come out how; ``nearest`` counts those nearest to what is claimed."""
+    bundles, every = Bundles(case, profile, count), case.direction.evidence.shape[2]
+    found: Counter[str] = Counter()
     for _ in range(wanted):
         drawn = rng.integers(0, every, prompts) if prompts < every else rng.permutation(every)
-        scores = by_window[rng.integers(len(by_window))].scores(drawn)
-        held = {SDPA, "attn=sdpa_math"} if case.claimed in (SDPA, "attn=sdpa_math") else {case.claimed}
-        rivals = [each for each in members if each not in held]
-        pool = pools[int(drawn[0])].pool(scores.positions)
-        assert pool is not None
-        rejected += test_member(case.claimed, scores, pool, rivals).rejected(ALPHA)
-        nearest += min((*members, case.claimed), key=scores.distance.__getitem__) in held
-    return rejected, nearest
+        verdict = bundles.verdict(drawn.tolist(), int(rng.integers(len(bundles.windows))))
+        found[verdict.verdict] += 1
+        found["nearest"] += verdict.nearest in verdict.fits
+    return found
 
 
-def print_rates(directions: Sequence[Direction], wanted: int) -> None:
-    rng = np.random.default_rng(0)
-    every = directions[0].evidence.shape[2]
-    pools = [build_profile(directions, without) for without in range(every)]
+def print_rates(directions: Sequence[Direction], honest: int, lies: int) -> None:
+    rng, profile = np.random.default_rng(0), built_in_profile()
     for count in (3, 16, 64):
         for prompts in (1, 3, 8, 24):
-            print(f"\n{prompts} prompts, {count} positions")
-            honest = [0, 0]
+            print(f"\n{prompts} prompts, {count} positions", flush=True)
+            totals = {True: [0, 0], False: [0, 0]}
             for case in cases(directions):
-                rejected, nearest = verdicts(case, pools, prompts, count, wanted, rng)
-                if case.honest:
-                    honest[0] += rejected
-                    honest[1] += wanted
-                low, high = interval(rejected, wanted)
+                wanted = honest if case.honest else lies
+                found = verdicts(case, profile, prompts, count, wanted, rng)
+                accused, passed = found["INCONSISTENT"], found["CONSISTENT"]
+                if case.honest or (case.row in KERNELS and case.claimed in KERNELS):
+                    totals[case.honest][0] += accused
+                    totals[case.honest][1] += wanted
+                low, high = interval(accused, wanted)
                 kind = "honest" if case.honest else "lie"
                 print(
                     f"  {kind:<7}{case.direction.name:<13}{case.row:<22} claimed {case.claimed:<22} "
-                    f"INCONSISTENT {rejected / wanted:7.3%} [{low:.2%}, {high:.2%}]  nearest {nearest / wanted:7.2%}"
+                    f"INCONSISTENT {accused / wanted:7.3%} [{low:.2%}, {high:.2%}]  CONSISTENT {passed / wanted:7.2%}  "
+                    f"nearest {found['nearest'] / wanted:7.2%}"
                 )
-            low, high = interval(*honest)
-            print(
-                f"  all honest claims: INCONSISTENT {honest[0] / honest[1]:.3%} [{low:.3%}, {high:.3%}] of {honest[1]}"
-            )
+            for which, said in ((True, "all honest claims"), (False, "lies among the four kernels")):
+                low, high = interval(*totals[which])
+                share = totals[which][0] / totals[which][1]
+                print(f"  {said}: INCONSISTENT {share:.3%} [{low:.3%}, {high:.3%}] of {totals[which][1]}")
 
 
 def interval(hits: int, trials: int) -> tuple[float, float]:

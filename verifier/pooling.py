@@ -7,9 +7,9 @@ lineup, C cells of :data:`fpforensics.verifier.score.EARLY`, P positions of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,14 +70,14 @@ class HonestPrompt:
         )
 
 
-def windows(count: int, prefill: int, decode: int = 0) -> list[Window]:
-    """Up to :data:`WINDOWS` windows of ``count`` positions, spread over a prompt of ``prefill`` and ``decode`` ones.
+def windows(count: int, prefill: int, decode: int = 0, most: int = WINDOWS) -> list[Window]:
+    """Up to ``most`` windows of ``count`` positions, spread over a prompt of ``prefill`` and ``decode`` ones.
 
     Each takes its share from either phase, since they do not scatter alike; shares that are no whole number come out right
     on average.
     """
     length = prefill + decode
-    number = min(WINDOWS, length // count)
+    number = min(most, length // count)
     found = []
     for index in range(number):
         of_decode = math.floor(count * decode / length + (index + 0.5) / number)
@@ -91,29 +91,42 @@ def windows(count: int, prefill: int, decode: int = 0) -> list[Window]:
     return found
 
 
+class HonestScore(NamedTuple):
+    """What one window of an honest prompt measures; NaN where there is no such number."""
+
+    floors: float
+    noise: float
+    margin: float
+
+
+def window_scores(prompt: HonestPrompt, count: int, most: int = WINDOWS) -> list[HonestScore]:
+    """The scores of up to ``most`` windows of ``count`` positions. Without rivals there is no margin."""
+    found = []
+    for window in windows(count, prompt.positions - prompt.decode, prompt.decode, most):
+        scores = prompt.scores(window)
+        margin = math.nan
+        if prompt.rivals:
+            nearest = min(scores.distance[each] for each in prompt.rivals)
+            margin = math.log(max(nearest, _LEAST) / max(scores.distance[prompt.own], _LEAST))
+        found.append(HonestScore(scores.floors[prompt.own], scores.noise.get(prompt.own, math.nan), margin))
+    return found
+
+
 def make_pool(prompts: Sequence[HonestPrompt], count: int) -> Pool:
-    """The pool of ``count`` positions; every prompt holds at least as many. Without rivals it has no margins."""
-    floors: list[float] = []
-    noise: list[float] = []
-    margin: list[float] = []
-    noisy: set[str] = set()
-    for prompt in prompts:
-        for window in windows(count, prompt.positions - prompt.decode, prompt.decode):
-            scores = prompt.scores(window)
-            floors.append(scores.floors[prompt.own])
-            if prompt.own in scores.noise:
-                noise.append(scores.noise[prompt.own])
-                noisy.add(prompt.key)
-            if prompt.rivals:
-                nearest = min(scores.distance[each] for each in prompt.rivals)
-                margin.append(math.log(max(nearest, _LEAST) / max(scores.distance[prompt.own], _LEAST)))
+    """The pool of ``count`` positions; every prompt holds at least as many."""
+    return pool_of(count, ((prompt.key, score) for prompt in prompts for score in window_scores(prompt, count)))
+
+
+def pool_of(count: int, scores: Iterable[tuple[str, HonestScore]]) -> Pool:
+    """The pool of these (prompt, score) pairs: those of one prompt count as one."""
+    keyed = list(scores)
     return Pool(
         positions=count,
-        prompts=len({prompt.key for prompt in prompts}),
-        noise_prompts=len(noisy),
-        floors=_ascending(floors),
-        noise=_ascending(noise),
-        margin=_ascending(margin),
+        prompts=len({key for key, _ in keyed}),
+        noise_prompts=len({key for key, score in keyed if not math.isnan(score.noise)}),
+        floors=_ascending(score.floors for _, score in keyed),
+        noise=_ascending(score.noise for _, score in keyed),
+        margin=_ascending(score.margin for _, score in keyed),
     )
 
 
@@ -139,5 +152,5 @@ def ladder(prompts: Sequence[HonestPrompt]) -> list[int]:
     return sorted({*(count for count in POSITIONS if count <= most), most})
 
 
-def _ascending(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(sorted(round(float(value), DIGITS) for value in values))
+def _ascending(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(sorted(round(float(value), DIGITS) for value in values if not math.isnan(value)))

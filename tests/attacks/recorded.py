@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+from bench_modules import bench_module
 
 from fpforensics.common.signals import Array
 from fpforensics.verifier.calibrated import Calibration, Part, Verdict, judge
 from fpforensics.verifier.profile import Pool, built_in_profile
 from fpforensics.verifier.score import EARLY, Scores, scores_of, worth_in_positions
 
-BENCH = Path(__file__).parents[2] / "bench" / "decision.py"
 SDPA, EAGER = "attn=sdpa,dtype=bf16", "attn=eager"
 PROMPTS = 24
 KINDS = ("evidence", "noise")
@@ -76,9 +72,4 @@ def _recorded(kind: str, row: str, member: str) -> Array:
 @cache
 def _directions() -> Any:
     """What ``bench/decision.py`` reads: first an H100's evidence on a CPU."""
-    spec = importlib.util.spec_from_file_location("bench_decision", BENCH)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules["bench_decision"] = module
-    spec.loader.exec_module(module)
-    return module.load()
+    return bench_module("decision").load()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import msgspec
 import numpy as np
@@ -22,7 +19,7 @@ from fpforensics.verifier.calibrated import Calibration, Part, judge
 from fpforensics.verifier.distance import Cell
 from fpforensics.verifier.lanes import ALPHA, LANES, prompts_to_settle, sign_test
 from fpforensics.verifier.lanes import test_member as lanes_of
-from fpforensics.verifier.profile import Pool, Profile, built_in_profile, read_profile
+from fpforensics.verifier.profile import Pool, built_in_profile, read_profile
 from fpforensics.verifier.score import EARLY, Scores, score, worth_in_positions
 
 ROOT = Path(__file__).parents[3]
@@ -238,49 +235,6 @@ def test_a_damaged_profile_is_refused(change: object, said: str) -> None:
     text = msgspec.json.encode(built_in_profile())
     with pytest.raises(EvidenceError, match=said):
         read_profile(change(text), "the profile")  # type: ignore[operator]
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """``bench/decision.py``, which reads the recorded distances."""
-    spec = importlib.util.spec_from_file_location("bench_decision", ROOT / "bench" / "decision.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_decision"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_built_in_profile_is_what_the_recorded_distances_give(bench: ModuleType) -> None:
-    assert bench.build_profile(bench.load()) == built_in_profile()
-
-
-def test_accuracy_of_early_layers_on_recorded_evidence(bench: ModuleType) -> None:
-    """The published finding: block 1's hidden state tells the four kernels apart, the logits do not."""
-    directions = bench.load()
-    assert bench.accuracy(directions, "hidden_states/1", 64) == 1.0
-    assert bench.accuracy(directions, "hidden_states/1", 16) > 0.98
-    assert bench.accuracy(directions, "logprobs", 64) < 0.7
-
-
-@pytest.mark.parametrize(("prompts", "count"), [(1, 3), (3, 16), (8, 64)])
-def test_error_rates_on_recorded_evidence(bench: ModuleType, prompts: int, count: int) -> None:
-    """Honest claims are not accused, gross lies are always caught; a prompt is never judged by a pool that holds it."""
-    directions = bench.load()
-    rng = np.random.default_rng(1)
-    left_out = [bench.build_profile(directions, without) for without in (0, 12)]
-    profiles: list[Profile] = [left_out[0]] * 12 + [left_out[1]] * 12
-    accused = honest = 0
-    for case in bench.cases(directions):
-        rejected, _ = bench.verdicts(case, profiles, prompts, count, 40, rng)
-        if case.honest:
-            accused, honest = accused + rejected, honest + 40
-        elif case.claimed not in bench.KERNELS or case.row not in bench.KERNELS:
-            assert rejected == 40, (case.row, case.claimed)
-        elif count >= 16:
-            assert rejected >= 36, (case.row, case.claimed)
-    assert honest == 600
-    assert accused / honest <= ALPHA
 
 
 def test_the_lanes_never_accuse_evidence_at_the_pools_middle() -> None:
