@@ -42,7 +42,7 @@ FAR_FROM_WIDER = 0.5
 ENOUGH = 16
 """Positions below which evidence scatters too much for the limit on wider dtypes."""
 OUTLYING = 0.1
-"""By how much a part (one prompt, one phase) must leave the range of all honest ones before it keeps the whole from being CONSISTENT:
+"""By how much a part (one prompt, one phase) must pass the most unusual honest prompt before it keeps the whole from being CONSISTENT:
 in noise floors, and in the logarithm of the margin."""
 _MOST_NAMED = 4
 
@@ -56,12 +56,12 @@ class Part:
     pool: Pool
 
     def outlying(self, claimed: str, same: Collection[str], rivals: Collection[str]) -> bool:
-        """Whether no honest evidence was so far from its own replay, or so much nearer to another."""
-        if self.scores.floors[claimed] > self.pool.floors[-1] + OUTLYING:
+        """Whether it is further from its own replay, or nearer to another, than the most unusual honest prompt of the pool."""
+        if self.scores.floors[claimed] > self.pool.far + OUTLYING:
             return True
         if not rivals or not self.pool.margin:
             return False
-        return margin_of(self.scores.distance, [claimed, *same], rivals) < self.pool.margin[0] - OUTLYING
+        return margin_of(self.scores.distance, [claimed, *same], rivals) < self.pool.least_margin - OUTLYING
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,16 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             return 1.0
         return self._p(bisect_right(self.margin, value) / len(self.margin))
 
+    @property
+    def far(self) -> float:
+        """The distance that one prompt in as many as the pool holds exceeds."""
+        return self.floors[-1 - len(self.floors) // self.prompts]
+
+    @property
+    def least_margin(self) -> float:
+        """The margin that one prompt in as many as the pool holds falls below."""
+        return self.margin[len(self.margin) // self.prompts]
+
     def _p(self, share: float) -> float:
         return (1 + self.prompts * share) / (self.prompts + 1)
 

@@ -74,10 +74,12 @@ def test_the_document_names_every_attack() -> None:
 def test_whoever_chooses_where_prompts_end_passes_as_another_kernel(
     ran: str, claimed: str, prompts: int, positions: int
 ) -> None:
-    """Why prompts are the verifier's to choose. Where prompts ended by themselves, the same numbers are always caught."""
+    """Why prompts are the verifier's to choose. Where prompts ended by themselves, as many are caught, or at least not vouched for."""
     assert set(verdicts(ran, claimed, prompts=prompts, positions=positions, cut=True)) == {"CONSISTENT"}
-    assert set(verdicts(ran, claimed, prompts=prompts, positions=positions, cut=False)) == {"INCONSISTENT"}
-    assert set(verdicts(ran, ran, prompts=prompts, positions=positions, cut=False)) == {"CONSISTENT"}
+    lies = verdicts(ran, claimed, prompts=prompts, positions=positions, cut=False)
+    assert lies["INCONSISTENT"] and not lies["CONSISTENT"]
+    honest = verdicts(ran, ran, prompts=prompts, positions=positions, cut=False)
+    assert honest["CONSISTENT"] and not honest["INCONSISTENT"]
 
 
 # --- freshness ---

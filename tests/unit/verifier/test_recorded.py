@@ -33,6 +33,14 @@ def test_built_in_profile_counts_texts_and_has_enough_of_them() -> None:
         assert len(pool.floors) >= pool.prompts * len(honest.rows)
 
 
+def test_the_most_unusual_honest_prompt_does_not_depend_on_how_often_each_was_cut() -> None:
+    """A part is held against one prompt in as many as there are, not against the extreme of all their windows."""
+    for pool in built_in_profile().pools:
+        beyond = sum(value > pool.far for value in pool.floors), sum(value < pool.least_margin for value in pool.margin)
+        assert max(beyond) <= len(pool.floors) // pool.prompts
+        assert pool.far < pool.floors[-1] and pool.least_margin > pool.margin[0]
+
+
 def test_accuracy_of_early_layers_on_recorded_evidence(decision: ModuleType) -> None:
     """The published finding: block 1's hidden state tells the four kernels apart, the logits do not."""
     directions = decision.load()
