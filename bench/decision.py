@@ -246,43 +246,61 @@ class Bundles:
         base = direction.members.index(SDPA if case.claimed.startswith(("quant", *CONTROLS)) else case.claimed)
         self.cells = [Cell("prefill", *name.split("/")) for name in direction.cells]  # type: ignore[arg-type]
         self.windows = [window for (window, _) in windows(count, PREFILL)]
-        self.tables = [direction.tables(case.row, window) for window in self.windows]
+        self.tables = [direction.tables(case.row, window).only(self.members) for window in self.windows]
         evidence, noise = direction.evidence[row][columns], direction.noise[row][base]
         # (windows, members or nothing, prompts, cells): means over each window
         self.evidence = np.array([evidence[..., window].mean(-1) for window in self.windows])
         self.noise = np.array([noise[..., window].mean(-1) for window in self.windows])
+        self.known = np.flatnonzero(
+            ~np.isnan(self.evidence).any(axis=(0, 1, 2))
+        )  # late cells: kept for the kernels alone
+        self._measured: dict[tuple[int, int, int], dict[Cell, float]] = {}
+        self._parts: dict[tuple[int, int], Part] = {}
+
+    def measured(self, window: int, member: int, prompt: int) -> dict[Cell, float]:
+        """The distance of one prompt to one member, by cell."""
+        key = (window, member, prompt)
+        if key not in self._measured:
+            values = self.evidence[window, member, prompt]
+            self._measured[key] = {self.cells[cell]: float(values[cell]) for cell in self.known}
+        return self._measured[key]
+
+    def part(self, window: int, prompt: int) -> Part:
+        """One prompt alone."""
+        key = (window, prompt)
+        if key not in self._parts:
+            alone = self.tables[window].scores([prompt], self.case.claimed)
+            pool = self.profile.pool(alone.positions)
+            assert pool is not None
+            self._parts[key] = Part(f"prompt {prompt}", alone, pool)
+        return self._parts[key]
 
     def verdict(self, drawn: Sequence[int], window: int) -> RowVerdict:
         """The verdict on the drawn prompts (numbers may repeat: each is a prompt of its own then)."""
         references = [f"ref_{index}" for index in range(len(drawn))]
-        tables, claimed = self.tables[window].only(self.members), self.case.claimed
-        scores = tables.scores(drawn, claimed)
+        claimed = self.case.claimed
+        scores = self.tables[window].scores(drawn, claimed)
         pool = self.profile.pool(scores.positions)
         assert pool is not None
-        parts = []
-        for one in dict.fromkeys(drawn) if len(drawn) > 1 else ():
-            alone = tables.scores([one], claimed)
-            if (held := self.profile.pool(alone.positions)) is not None:
-                parts.append(Part(f"ref_{one}", alone, held))
+        parts = [self.part(window, prompt) for prompt in dict.fromkeys(drawn)] if len(drawn) > 1 else []
         fitting = {claimed, *(SAME if claimed in SAME else ())}
-        noise, evidence = self.noise[window][drawn].mean(0), self.evidence[window][:, drawn]
-        known = np.flatnonzero(~np.isnan(evidence).any(axis=(0, 1)))  # late cells were kept for the kernels alone
+        noise = self.noise[window][drawn].mean(0)
         members = [
             Member(
                 name,
                 name in fitting,
                 {
-                    reference: {self.cells[cell]: float(each[cell]) for cell in known}
-                    for reference, each in zip(references, rows, strict=True)
+                    reference: self.measured(window, number, prompt)
+                    for reference, prompt in zip(references, drawn, strict=True)
                 },
             )
-            for name, rows in zip(self.members, evidence, strict=True)
+            for number, name in enumerate(self.members)
         ]
         return decide_row(
             config_id=claimed,
             claim=claimed,
             members=members,
-            noise={self.cells[cell]: float(noise[cell]) for cell in known},
+            noise={self.cells[cell]: float(noise[cell]) for cell in self.known},
             kernel_classes=(SAME,) if set(SAME) <= set(self.members) else (),
             calibration=Calibration(scores, pool, self.profile.name, self.covered, kinds=self.kinds, parts=parts),
         )
@@ -293,7 +311,7 @@ def verdicts(case: Case, profile: Profile, prompts: int, count: int, wanted: int
     bundles, every = Bundles(case, profile, count), case.direction.evidence.shape[2]
     found: Counter[str] = Counter()
     for _ in range(wanted):
-        drawn = rng.integers(0, every, prompts) if prompts < every else rng.permutation(every)
+        drawn = rng.integers(0, every, prompts)
         verdict = bundles.verdict(drawn.tolist(), int(rng.integers(len(bundles.windows))))
         found[verdict.verdict] += 1
         found["nearest"] += verdict.nearest in verdict.fits
