@@ -36,8 +36,8 @@ _SETTLED_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
-class _StoredTensor:
-    """Where one tensor lies: bytes ``begin`` to ``end`` of ``file``."""
+class StoredTensor:
+    """Where one tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` is safetensors' name, such as BF16."""
 
     name: str
     dtype: str
@@ -86,6 +86,14 @@ def weights_digest(path: Path) -> str:
         with contextlib.suppress(OSError):  # without a cache it is only slower
             write_atomically(cached, msgspec.json.encode(_CachedDigest(str(folder), identities, digest)))
     return digest
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of the checkpoint in ``folder``, sorted by name; nothing but headers is read.
+
+    Raises :class:`UsageError` as :func:`weights_digest` does.
+    """
+    return _tensors(weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -140,7 +148,7 @@ def _identities(folder: Path, files: Sequence[Path]) -> list[_FileIdentity]:
     ]
 
 
-def _tensors(files: Sequence[Path]) -> list[_StoredTensor]:
+def _tensors(files: Sequence[Path]) -> list[StoredTensor]:
     tensors = sorted((tensor for file in files for tensor in _read_header(file)), key=lambda tensor: tensor.name)
     twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
     if twice:
@@ -151,7 +159,7 @@ def _tensors(files: Sequence[Path]) -> list[_StoredTensor]:
     return tensors
 
 
-def _read_header(file: Path) -> Iterator[_StoredTensor]:
+def _read_header(file: Path) -> Iterator[StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
@@ -169,7 +177,7 @@ def _read_header(file: Path) -> Iterator[_StoredTensor]:
                 raise ValueError(f"tensor {shorten(name)!r} lies outside the file")
             if 8 * (end - begin) != math.prod(shape) * _bits(dtype):
                 raise ValueError(f"tensor {shorten(name)!r} has {end - begin} bytes, not those of {dtype} {shape}")
-            yield _StoredTensor(name, dtype, shape, file, start + begin, start + end)
+            yield StoredTensor(name, dtype, shape, file, start + begin, start + end)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} has a malformed safetensors header: {error}", _AGAIN) from error
 
@@ -192,7 +200,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _digest(tensors: Sequence[_StoredTensor]) -> str:
+def _digest(tensors: Sequence[StoredTensor]) -> str:
     with contextlib.ExitStack() as stack:
         views: dict[Path, memoryview] = {}
         for file in {tensor.file for tensor in tensors}:
@@ -200,7 +208,7 @@ def _digest(tensors: Sequence[_StoredTensor]) -> str:
             mapped = stack.enter_context(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
             views[file] = stack.enter_context(memoryview(mapped))
 
-        def hash_one(tensor: _StoredTensor) -> str:
+        def hash_one(tensor: StoredTensor) -> str:
             # hashlib lets go of the interpreter lock over large buffers
             with views[tensor.file][tensor.begin : tensor.end] as stored:
                 return hashlib.sha256(stored).hexdigest()

@@ -41,7 +41,7 @@ from fpforensics.verifier.measured import MeasuredProfile
 from fpforensics.verifier.replay import Member, Report, anchor_of, run_lineup
 
 # Quantized formats with products of their own, which no other path replaces.
-OWN_MATMUL = ("bnb-int8", "awq", "gptq")
+OWN_MATMUL = ("bnb-int8",)
 # What the default lineup sets against the claimed config: one change each, skipped with its reason where it cannot run.
 ALTERNATIVES = (
     "attn=eager",

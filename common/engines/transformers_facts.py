@@ -46,8 +46,10 @@ def quantized_modules(model: nn.Module, config: ExecutionConfig) -> str:
     plain: list[str] = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if type(module).__module__.startswith(("bitsandbytes", "gptqmodel")):
+        if type(module).__module__.startswith("bitsandbytes"):
             holders[f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}"] += 1
+        elif getattr(module, "dequantized", False):
+            holders[f"{config.quantization} dequantized at load to {config.dtype}"] += 1
         elif type(weight).__module__.startswith("torchao"):
             holders[f"torchao.{type(weight).__name__}"] += 1
         elif isinstance(module, nn.Linear):

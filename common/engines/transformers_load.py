@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.engines.transformers_int4 import (
+    STORED_INT4,
+    check_layout,
+    dequantized_state,
+    mark_dequantized,
+)
 from fpforensics.common.errors import MissingDependencyError, ReplayError, UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
 INSTALL_HF = "pip install 'fpforensics[hf]'"
 INSTALL_FLASH = "pip install 'fpforensics[flash-attn]'"
 # Each weight is turned back into the compute dtype before the product, so that the product may be ours.
-WEIGHT_ONLY = frozenset({"none", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int4"})
+WEIGHT_ONLY = frozenset({"none", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int4", "awq", "gptq"})
 _PACKAGES = {
     "bnb": ("bitsandbytes", INSTALL_HF),
     "torchao": ("torchao", "pip install 'fpforensics[torchao]'"),
@@ -70,10 +76,6 @@ def check_packages(config: ExecutionConfig) -> None:
             raise MissingDependencyError("backend transformers", package, INSTALL_HF)
     if config.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise MissingDependencyError("attn=flash_attention_2", "flash-attn", INSTALL_FLASH)
-    if config.quantization in ("awq", "gptq") and importlib.util.find_spec("gptqmodel") is None:
-        raise MissingDependencyError(
-            f"quant={config.quantization} with backend transformers", "gptqmodel", "pip install gptqmodel"
-        )
     package, install = _PACKAGES.get(config.quantization.partition("-")[0], ("", ""))
     if package and importlib.util.find_spec(package) is None:
         raise MissingDependencyError(f"quant={config.quantization}", package, install)
@@ -81,13 +83,16 @@ def check_packages(config: ExecutionConfig) -> None:
 
 def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
     """Raise :class:`UsageError` where the checkpoint in ``path`` is not stored as ``config`` says; needs no torch."""
-    declared = _declared_quantization(path)
-    if declared != (config.quantization if config.quantization in ("awq", "gptq") else ""):
+    settings = _declared_quantization(path)
+    declared = str(settings.get("quant_method", ""))
+    if declared != (config.quantization if config.quantization in STORED_INT4 else ""):
         stored = f"quantized as {declared}" if declared else "unquantized"
         raise UsageError(
             f"the checkpoint of {config.model} is stored {stored}, the config says quant={config.quantization}",
-            f"use quant={declared}" if declared in ("awq", "gptq") else "name another checkpoint",
+            f"use quant={declared}" if declared in STORED_INT4 else "name another checkpoint",
         )
+    if declared:
+        check_layout(path, settings)
 
 
 def prepare_imports() -> None:
@@ -141,27 +146,31 @@ def load_model(config: ExecutionConfig, path: Path, device: torch.device) -> Pre
     """The model of the checkpoint in ``path``, quantized as ``config`` says, ready for inference on
     ``device``.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     check_checkpoint(config, path)
     architecture = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "dtype": compute_dtype(config),
+        "attn_implementation": _attention_name(config),
+        "device_map": {"": device},
+        "output_loading_info": True,
+    }
     quantization = _quantization_config(config, architecture)
     if quantization is not None:
         options["quantization_config"] = quantization
     if config.matmul == "fp32-rounded":
         options["experts_implementation"] = "eager"  # one product per expert, which can be ours
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=compute_dtype(config),
-        attn_implementation=_attention_name(config),
-        device_map={"": device},
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
+    if config.quantization in STORED_INT4:
+        state = dequantized_state(path, config.quantization, compute_dtype(config))
+        del architecture.quantization_config
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
+        model, report = model_class.from_pretrained(None, config=architecture, state_dict=state, **options)
+        mark_dequantized(model, path)
+    else:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+        )
     # transformers would fill what is missing with random numbers.
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report.get(what):
@@ -226,12 +235,12 @@ def _attention_name(config: ExecutionConfig) -> str:
     return "flex_attention" if config.attention == "flex" else config.attention
 
 
-def _declared_quantization(path: Path) -> str:
+def _declared_quantization(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads((path / "config.json").read_text()).get("quantization_config") or {}
+        stored: dict[str, Any] = json.loads((path / "config.json").read_text()).get("quantization_config") or {}
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path / 'config.json'}: {_one_line(error)}", "check the model folder") from None
-    return str(stored.get("quant_method", "")) if stored else ""
+    return stored
 
 
 def _quantization_config(config: ExecutionConfig, architecture: Any) -> Any:

@@ -12,6 +12,10 @@ COMMANDS = {
     "run": ("fpforensics.prover.cli.run:run", "Generate, capture and write a signed bundle; no network."),
     "serve": ("fpforensics.prover.cli.serve:serve", "Answer verifiers' sessions over gRPC."),
     "submit": ("fpforensics.prover.cli.submit:submit", "Send a bundle to a verifier and have a claim checked."),
+    "make-checkpoint": (
+        "fpforensics.prover.cli.make_checkpoint:make_checkpoint",
+        "Quantize a small model into a format that providers serve.",
+    ),
     "inspect": ("fpforensics.prover.cli.inspect:inspect", "Show what a bundle holds."),
     "completion": ("fpforensics.prover.cli:completion", "Print a shell completion script."),
 }

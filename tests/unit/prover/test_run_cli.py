@@ -90,7 +90,6 @@ def test_nonsense_is_a_usage_error_at_once(prover: Run, arguments: str, said: st
     ("arguments", "package", "said"),
     [
         ("attn=flash_attention_2", "flash_attn", "run: pip install 'fpforensics[flash-attn]'"),
-        ("quant=awq", "gptqmodel", "run: pip install gptqmodel"),
     ],
 )
 def test_a_missing_package_is_named_at_once(prover: Run, arguments: str, package: str, said: str) -> None:

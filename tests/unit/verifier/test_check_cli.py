@@ -121,14 +121,14 @@ def test_help_says_that_verdict_and_sign_go_together(
     [
         (CheckPlan(lineup=("tp=2",)), UsageError, "use emulate_tp=2"),
         (CheckPlan(claim="backend=vllm"), UsageError, "the vLLM engine is not part of this release"),
-        (CheckPlan(lineup=("quant=awq",)), MissingDependencyError, "needs gptqmodel"),
+        (CheckPlan(lineup=("quant=torchao-int8",)), MissingDependencyError, "needs torchao"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_before_weights_are_hashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: CheckPlan, kind: type[Exception], said: str
 ) -> None:
     monkeypatch.setattr(checking, "weights_digest", refuse)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gptqmodel" else object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchao" else object())
     rpc_world.write_bundle(tmp_path / "bundle.msgpack")
     keyring = Keyring([rpc_world.PROVER_KEY.public])
     with open_bundle(tmp_path / "bundle.msgpack", keyring) as bundle, pytest.raises(kind) as refused:

@@ -65,7 +65,7 @@ def test_what_another_interpreter_holds_is_its_own(torch_build: pytest.MonkeyPat
     torch_build.setattr("importlib.util.find_spec", lambda _: None)
     other = Host(device="cuda", python=sys.executable)
     require_host(other)
-    require_runnable([parse_config("attn=flash_attention_2"), parse_config("quant=awq")], other)
+    require_runnable([parse_config("attn=flash_attention_2"), parse_config("quant=torchao-int8")], other)
     with pytest.raises(UsageError, match="tp=2"):
         require_runnable([parse_config("tp=2")], other)
     with pytest.raises(MissingDependencyError, match="backend transformers needs torch"):

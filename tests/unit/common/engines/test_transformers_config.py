@@ -55,8 +55,6 @@ def test_what_cannot_run_says_why(tiny_llama: Path, spec: str, kind: type[Error]
     ("spec", "package", "install"),
     [
         ("attn=flash_attention_2", "flash_attn", "pip install 'fpforensics[flash-attn]'"),
-        ("quant=awq", "gptqmodel", "pip install gptqmodel"),
-        ("quant=gptq", "gptqmodel", "pip install gptqmodel"),
     ],
 )
 def test_a_missing_package_is_answered_with_its_install_command(
