@@ -143,6 +143,25 @@ def depth(runner: Any) -> int:
     return int(runner.model_config.hf_text_config.num_hidden_layers)
 
 
+def width(runner: Any) -> int:
+    """The width of the residual stream."""
+    return int(runner.model_config.hf_text_config.hidden_size)
+
+
+def graph_tokens(vllm_config: Any) -> int | None:
+    """The tokens of the largest CUDA graph, 0 for compiled code without graphs; None where everything runs eagerly."""
+    compilation = vllm_config.compilation_config
+    compiled, graphs = bool(int(compilation.mode or 0)), _graphs(compilation)
+    if not compiled and not graphs:
+        return None
+    return max(compilation.cudagraph_capture_sizes or [0]) if graphs else 0
+
+
+def _graphs(compilation: Any) -> bool:
+    mode = compilation.cudagraph_mode
+    return mode is not None and str(getattr(mode, "name", mode)) != "NONE"
+
+
 def batch_of(runner: Any) -> tuple[Sequence[str], Array, Array]:
     """The batch that is about to run: request ids, and the first position and the number of positions of each (B,)."""
     count = runner.input_batch.num_reqs

@@ -35,7 +35,7 @@ from fpforensics.common.engines.transformers_batch import (
 )
 from fpforensics.common.engines.vllm_jobs import Job, Report, Task, WorkerFacts, pack, unpack
 from fpforensics.common.engines.vllm_load import explained, prepare_imports, start
-from fpforensics.common.engines.vllm_results import Schedule, engine_facts, trace_of
+from fpforensics.common.engines.vllm_results import Schedule, engine_facts, require_kernels, trace_of
 from fpforensics.common.engines.vllm_rules import check_checkpoint, check_config
 from fpforensics.common.errors import ReplayError, UnknownModelError, UsageError
 from fpforensics.common.models import resolve_model, weights_digest
@@ -83,6 +83,7 @@ class VllmEngine:
             self._core: Any = start(config, checkpoint.path, self._device)
             VllmEngine._open = True
             self._ranks = [unpack(data, WorkerFacts) for data in self._core.collective_rpc("evidence_facts")]
+            require_kernels(self.config, self._ranks)
         self.vocab_size = self._ranks[0].vocab_size
         self._max_length = int(self._core.vllm_config.model_config.max_model_len)
         self._budget = int(self._core.vllm_config.scheduler_config.max_num_batched_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 _BLOCK = 128
 _GPU_MEMORY = 0.8
+GPU_MEMORY_VARIABLE = "FPFORENSICS_VLLM_GPU_MEMORY"
 _NO_MEMORY = (
     "out of memory",
     "CUDA error: out of memory",
@@ -100,7 +102,10 @@ def engine_options(config: ExecutionConfig, path: Path, device: str) -> dict[str
         "distributed_executor_backend": "mp" if ranks > 1 else "uni",
         "kv_cache_dtype": config.kv_cache,
         "worker_cls": compat.WORKER,
-        "additional_config": {"plain_awq": config.quantization == "awq"},
+        "additional_config": {
+            "plain_awq": config.quantization == "awq",
+            "evidence": 1,
+        },  # part of the key of compiled code
         **compat.attention_options(config),
         **compat.compilation_options(config),
         **compat.quantization_options(config),
@@ -110,7 +115,7 @@ def engine_options(config: ExecutionConfig, path: Path, device: str) -> dict[str
         tokens = rows * length + (sequences + 2) * _BLOCK
         options["kv_cache_memory_bytes"] = tokens * _token_bytes(config, path) // config.tensor_parallel
     else:
-        options["gpu_memory_utilization"] = _GPU_MEMORY
+        options["gpu_memory_utilization"] = _gpu_memory()
     return options
 
 
@@ -123,6 +128,18 @@ def explained(config: ExecutionConfig, device: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise _explain(config, device, error) from error
+
+
+def _gpu_memory() -> float:
+    """The share of a GPU's memory that vLLM may take; less where a prover and a verifier share a GPU."""
+    text = os.environ.get(GPU_MEMORY_VARIABLE, str(_GPU_MEMORY))
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0.0 < share <= 1.0:
+        raise UsageError(f"{GPU_MEMORY_VARIABLE}={text!r}", "a number above 0 and at most 1")
+    return share
 
 
 def _token_bytes(config: ExecutionConfig, path: Path) -> int:

@@ -12,9 +12,17 @@ from fpforensics.common.engines.base import EngineFacts, ModelFacts
 from fpforensics.common.engines.rows import require_finite
 from fpforensics.common.engines.vllm_jobs import Report, Rows, Task, WorkerFacts
 from fpforensics.common.environment import installed_versions
+from fpforensics.common.errors import ReplayError
 from fpforensics.common.signals import Array, CapturePlan, Phase, PhaseTrace, Trace
 
 _MOST_CHARACTERS = 1000
+_ATTENTION = {
+    "vllm_flash_attn_2": "FLASH_ATTN (version 2",
+    "vllm_flash_attn_3": "FLASH_ATTN (version 3",
+    "vllm_triton": "TRITON_ATTN",
+    "vllm_flex": "FLEX_ATTENTION",
+    "vllm_cpu": "CPU_ATTN",
+}
 
 
 class Schedule:
@@ -106,6 +114,23 @@ def _whole_keys(held: Sequence[tuple[Report, Rows]], ranks: Sequence[WorkerFacts
         repeated = max(1, copies.key_heads * len(ordered) // max(1, copies.total_key_heads))
         whole[block] = np.concatenate(ordered[::repeated], axis=1)
     return whole
+
+
+def require_kernels(config: ExecutionConfig, ranks: Sequence[WorkerFacts]) -> None:
+    """Raise :class:`ReplayError` where vLLM took other kernels than those that ``config`` names: nothing falls back in silence."""
+    attention = sorted({name for rank in ranks for name in rank.attention})
+    expected = _ATTENTION.get(config.attention, "")
+    if attention and not all(name.startswith(expected) for name in attention):
+        raise ReplayError(f"attn={config.attention}: vLLM took {', '.join(attention)}", "use attn=auto, or name that")
+    quantized = sorted({name for rank in ranks for name in (*rank.quantization, *rank.experts)})
+    marlin = any("marlin" in name.partition("Method")[2].lower() for name in quantized)  # the kernel, after the method
+    if config.quantization in ("awq", "gptq", "awq_marlin", "gptq_marlin") and marlin != config.quantization.endswith(
+        "marlin"
+    ):
+        raise ReplayError(
+            f"quant={config.quantization}: vLLM took {', '.join(quantized) or 'unquantized products'}",
+            "name the quantization that ran",
+        )
 
 
 def engine_facts(config: ExecutionConfig, device: str, ranks: Sequence[WorkerFacts], schedule: Schedule) -> EngineFacts:

@@ -28,6 +28,8 @@ class EvidenceWorker(compat.platform_worker()):  # type: ignore[misc]
         runner = self.model_runner
         depth = compat.depth(runner)
         self._taps = Taps(decoder_blocks(runner.get_model(), depth))
+        if (capacity := compat.graph_tokens(self.vllm_config)) is not None:
+            self._taps.build_in(capacity, compat.width(runner), runner.dtype, runner.device)
         self._recorder: Recorder | None = None
         forward, sample = runner._model_forward, runner._sample
 

@@ -13,6 +13,8 @@ from fpforensics.common.config import ExecutionConfig, config_id, parse_claim, p
 from fpforensics.common.engines import vllm_load, vllm_rules
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.preflight import require_runnable
+from fpforensics.common.engines.vllm_jobs import WorkerFacts
+from fpforensics.common.engines.vllm_results import require_kernels
 from fpforensics.common.errors import Error, MissingDependencyError, ReplayError, UsageError
 
 
@@ -153,6 +155,48 @@ def test_what_vllm_raises_is_said_in_our_words(raised: Exception, kind: type[Err
     with pytest.raises(kind) as explained, vllm_load.explained(parse_config("model=m,backend=vllm"), "cuda"):
         raise raised
     assert said in explained.value.diagnostics() and "\n" not in explained.value.diagnostics()
+
+
+def ranks(attention: str, quantization: str) -> list[WorkerFacts]:
+    facts: dict[str, Any] = {
+        "pipeline_rank": 0,
+        "tensor_rank": 0,
+        "gpu": "",
+        "architecture": "X",
+        "vocab_size": 8,
+        "num_layers": 1,
+        "hidden_size": 8,
+        "head_dim": 8,
+        "key_heads": 1,
+        "total_key_heads": 1,
+        "experts": [],
+        "products": [],
+    }
+    return [WorkerFacts(attention=[attention], quantization=[quantization], **facts)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "attention", "quantization", "said"),
+    [
+        ("attn=vllm_flash_attn_2", "FLASH_ATTN (version 3)", "", "vLLM took FLASH_ATTN (version 3)"),
+        ("attn=vllm_flash_attn_3", "FLASH_ATTN (version 3)", "", ""),
+        ("attn=auto", "TRITON_ATTN", "", ""),
+        ("attn=vllm_flex", "TRITON_ATTN", "", "vLLM took TRITON_ATTN"),
+        ("quant=awq", "X", "AutoAWQMarlinLinearMethod MarlinLinearKernel x4", "vLLM took AutoAWQMarlinLinearMethod"),
+        ("quant=awq", "X", "AutoAWQLinearMethod x4", ""),
+        ("quant=awq_marlin", "X", "AutoAWQMarlinLinearMethod MarlinLinearKernel x4", ""),
+        ("quant=gptq_marlin", "X", "AutoGPTQLinearMethod MacheteLinearKernel x4", "vLLM took AutoGPTQLinearMethod"),
+        ("quant=gptq,dtype=fp16", "X", "AutoGPTQLinearMethod ExllamaLinearKernel x4", ""),
+    ],
+)
+def test_kernels_that_were_not_asked_for_are_an_error(spec: str, attention: str, quantization: str, said: str) -> None:
+    config = parse_config(f"backend=vllm,{spec}")
+    if not said:
+        require_kernels(config, ranks(attention, quantization))
+        return
+    with pytest.raises(ReplayError) as refused:
+        require_kernels(config, ranks(attention, quantization))
+    assert said in refused.value.message
 
 
 def test_a_head_that_its_attention_does_not_take_is_explained(tmp_path: Path) -> None:
