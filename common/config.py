@@ -24,8 +24,30 @@ Attention = Literal[
     "sdpa_cudnn",
     "flex",
     "flash_attention_2",
+    "auto",
+    "vllm_flash_attn_2",
+    "vllm_flash_attn_3",
+    "vllm_triton",
+    "vllm_flex",
+    "vllm_cpu",
 ]
-Quantization = Literal["none", "bnb-int8", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int4", "awq", "gptq"]
+Quantization = Literal[
+    "none",
+    "bnb-int8",
+    "bnb-nf4",
+    "bnb-fp4",
+    "torchao-int8",
+    "torchao-int4",
+    "awq",
+    "gptq",
+    "awq_marlin",
+    "gptq_marlin",
+    "compressed-int4",
+    "compressed-int8",
+    "compressed-fp8",
+    "fp8",
+]
+KVCache = Literal["auto", "fp8"]
 
 MAX_SPEC_LENGTH = 4096
 DEFAULT_MODEL = "smollm2-135m"
@@ -38,6 +60,10 @@ class ExecutionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``matmul="fp32-rounded"`` computes each weight product in float32 and rounds it to ``dtype``.
     ``emulate_tensor_parallel=N`` runs on one device, but adds up row-parallel products from N partial ones, each rounded
     to ``dtype``, as N ranks would; ``tensor_parallel`` counts real devices.
+
+    Backend vllm: ``attention`` says which kernels (``auto``: what vLLM takes), ``batch_size`` 0 (``batch=auto``) runs all
+    references of a session together as they come (continuous batching), and ``max_batched_tokens`` is the most tokens of
+    one forward, longer prompts being cut into chunks (0, ``auto``: prompts are whole).
     """
 
     model: str = DEFAULT_MODEL
@@ -54,6 +80,11 @@ class ExecutionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     concurrent_work: bool = False
     matmul: Matmul = "native"
     emulate_tensor_parallel: int = 1
+    kv_cache: KVCache = "auto"
+    pipeline_parallel: int = 1
+    max_batched_tokens: int = 0
+    cuda_graphs: bool = False
+    batch_invariant: bool = False
 
 
 # Short keys as users write them, and the fields that they mean.
@@ -72,6 +103,11 @@ KEYS: Mapping[str, str] = {
     "concurrent": "concurrent_work",
     "matmul": "matmul",
     "emulate_tp": "emulate_tensor_parallel",
+    "kv": "kv_cache",
+    "pp": "pipeline_parallel",
+    "chunk": "max_batched_tokens",
+    "graphs": "cuda_graphs",
+    "invariant": "batch_invariant",
 }
 _SHORT: Mapping[str, str] = {field: key for key, field in KEYS.items()}
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -80,21 +116,36 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "quantization": get_args(Quantization),
     "attention": get_args(Attention),
     "matmul": get_args(Matmul),
+    "kv_cache": get_args(KVCache),
 }
-_NOT_YET: Mapping[str, frozenset[str]] = {"backend": frozenset({"vllm"}), "concurrent_work": frozenset({"true"})}
+_NOT_YET: Mapping[str, frozenset[str]] = {"concurrent_work": frozenset({"true"})}
 """Values that evidence may hold and that no engine of this release runs: never offered."""
-_ONE_DEVICE = "1; more needs the vLLM engine, which is not part of this release"
+_REFUSED: Mapping[str, str] = {
+    "speculative": "a draft model changes which tokens are batched at each step, and no replay repeats its guesses",
+}
+"""Keys that no config takes, with the reason."""
+_DEVICES = "1; more needs backend=vllm"
 _FREE: Mapping[str, str] = {
     "model": "embedded model, Hugging Face id, folder, or a name given to --model-path",
     "revision": "branch, tag or commit of a Hugging Face id",
     "weights": "sha256:… over the tensors as stored",
-    "tp": _ONE_DEVICE,
-    "ep": _ONE_DEVICE,
+    "tp": _DEVICES,
+    "ep": _DEVICES,
+    "pp": _DEVICES,
+    "batch": "1 to 4096; auto (backend=vllm): all references together",
+    "chunk": "auto: prompts are whole; or the most tokens of one forward (backend=vllm)",
 }
-_INTEGERS = frozenset({"tensor_parallel", "expert_parallel", "batch_size", "emulate_tensor_parallel"})
-_FLAGS = frozenset({"compile", "concurrent_work"})
+_INTEGERS: Mapping[str, int] = {  # with the largest value
+    "tensor_parallel": 4096,
+    "expert_parallel": 4096,
+    "batch_size": 4096,
+    "emulate_tensor_parallel": 4096,
+    "pipeline_parallel": 4096,
+    "max_batched_tokens": 1 << 20,
+}
+_AUTOMATIC = frozenset({"batch_size", "max_batched_tokens"})  # 0 is written auto
+_FLAGS = frozenset({"compile", "concurrent_work", "cuda_graphs", "batch_invariant"})
 _BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_MAX_INTEGER = 4096
 # Not part of what a config id names: which weights they are is the model's identity, not a way to run it.
 _IDENTITY = ("weights_digest", "revision")
 
@@ -113,10 +164,10 @@ class Claim(msgspec.Struct, frozen=True):
 
     def applied_to(self, config: ExecutionConfig) -> ExecutionConfig:
         """``config`` with the asserted fields set: what the claim says was run."""
-        return msgspec.structs.replace(config, **self.assertions)
+        return _changed(config, self.assertions)
 
     def __str__(self) -> str:
-        return ",".join(f"{_SHORT[field]}={_show(value)}" for field, value in self.assertions.items())
+        return ",".join(f"{_SHORT[field]}={_show(field, value)}" for field, value in self.assertions.items())
 
 
 def parse_claim(spec: str) -> Claim:
@@ -128,8 +179,17 @@ def parse_claim(spec: str) -> Claim:
 
 
 def parse_config(spec: str, base: ExecutionConfig | None = None) -> ExecutionConfig:
-    """``base`` (the defaults if None) changed by ``key=value,…``; an empty ``spec`` is ``base`` itself."""
-    return msgspec.structs.replace(base or ExecutionConfig(), **_parse_assignments(spec, "config"))
+    """``base`` (the defaults if None) changed by ``key=value,…``; an empty ``spec`` is ``base`` itself.
+
+    Where the backend changes and the attention of ``base`` is not one of the new backend's, it becomes the new backend's
+    default: ``auto`` for vllm, ``sdpa`` for transformers.
+    """
+    return _changed(base or ExecutionConfig(), _parse_assignments(spec, "config"))
+
+
+def is_vllm_attention(attention: str) -> bool:
+    """Whether an attention value is one of backend vllm's."""
+    return attention == "auto" or attention.startswith("vllm_")
 
 
 def claim_of(config: ExecutionConfig) -> Claim:
@@ -141,10 +201,11 @@ def claim_of(config: ExecutionConfig) -> Claim:
 def config_id(config: ExecutionConfig, base: ExecutionConfig | None = None) -> str:
     """A short name that a person can read: what differs from ``base``, or attention and dtype if nothing does."""
     base = base or ExecutionConfig()
+    implied = _changed(base, {"backend": config.backend}).attention
     differing = [
-        f"{_SHORT[name]}={_show(value)}"
+        f"{_SHORT[name]}={_show(name, value)}"
         for name, value in msgspec.structs.asdict(config).items()
-        if name not in _IDENTITY and value != getattr(base, name)
+        if name not in _IDENTITY and value != (implied if name == "attention" else getattr(base, name))
     ]
     return ",".join(differing) if differing else f"attn={config.attention},dtype={config.dtype}"
 
@@ -158,8 +219,7 @@ def choices_of(key: str) -> tuple[str, ...]:
 
 def describe_keys() -> dict[str, str]:
     """What each short key takes, in words: for ``--help``."""
-    numbers = f"1 to {_MAX_INTEGER}"
-    return {key: ", ".join(choices_of(key)) or _FREE.get(key, numbers) for key in KEYS}
+    return {key: ", ".join(choices_of(key)) or _FREE.get(key, "1 to 4096") for key in KEYS}
 
 
 def _parse_assignments(spec: str, what: str) -> dict[str, Any]:
@@ -171,6 +231,8 @@ def _parse_assignments(spec: str, what: str) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"{what} part {shorten(part)!r} is not key=value", f"keys: {', '.join(KEYS)}")
         field = KEYS.get(key) or (key if key in _SHORT else None)
+        if key in _REFUSED:
+            raise UsageError(f"{what} key {key!r} is refused: {_REFUSED[key]}", f"leave {key} out")
         if field is None:
             raise UsageError(f"unknown {what} key {shorten(key)!r}", did_you_mean(key, KEYS))
         if field in fields:
@@ -181,9 +243,11 @@ def _parse_assignments(spec: str, what: str) -> dict[str, Any]:
 
 def _parse_value(field: str, key: str, value: str) -> str | int | bool:
     if field in _INTEGERS:
-        if not value.isascii() or not value.isdigit() or not 1 <= int(value[:9]) <= _MAX_INTEGER:
+        if field in _AUTOMATIC and value == "auto":
+            return 0
+        if not value.isascii() or not value.isdigit() or not 1 <= int(value[:9]) <= _INTEGERS[field]:
             raise UsageError(
-                f"{key}={shorten(value)!r} is not a whole number from 1 to {_MAX_INTEGER}", f"e.g. {key}=2"
+                f"{key}={shorten(value)!r} is not a whole number from 1 to {_INTEGERS[field]}", f"e.g. {key}=2"
             )
         return int(value)
     if field in _FLAGS:
@@ -196,5 +260,16 @@ def _parse_value(field: str, key: str, value: str) -> str | int | bool:
     return value
 
 
-def _show(value: str | int | bool) -> str:
+def _show(field: str, value: str | int | bool) -> str:
+    if field in _AUTOMATIC and value == 0:
+        return "auto"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _changed(config: ExecutionConfig, fields: Mapping[str, Any]) -> ExecutionConfig:
+    """``config`` with ``fields`` set, and an attention that the backend has where none is named."""
+    changed: ExecutionConfig = msgspec.structs.replace(config, **fields)
+    ours = changed.backend == "vllm"
+    if "backend" in fields and "attention" not in fields and ours != is_vllm_attention(changed.attention):
+        changed = msgspec.structs.replace(changed, attention="auto" if ours else "sdpa")
+    return changed

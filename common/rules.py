@@ -95,8 +95,10 @@ def _check_session(evidence: Evidence, limits: Limits) -> None:
 
 def _check_row(row: Row, limits: Limits) -> None:
     where = f"row {shorten(row.config_id)}"
-    for degree in ("tensor_parallel", "expert_parallel", "batch_size", "emulate_tensor_parallel"):
+    for degree in ("tensor_parallel", "expert_parallel", "emulate_tensor_parallel", "pipeline_parallel"):
         _bounded(getattr(row.config, degree), 1, _MAX_DEGREE, f"{where}, {degree}")
+    _bounded(row.config.batch_size, 0, _MAX_DEGREE, f"{where}, batch_size")  # 0: all references together
+    _bounded(row.config.max_batched_tokens, 0, limits.prompt_tokens, f"{where}, max_batched_tokens")
     model = row.facts.model
     _bounded(model.vocab_size, 1, limits.width, f"{where}, vocab_size")
     _bounded(model.num_layers, 1, limits.layers, f"{where}, num_layers")

@@ -22,9 +22,8 @@ import numpy as np
 from fpforensics.common.bundle import BundleWriter
 from fpforensics.common.config import ExecutionConfig, config_id
 from fpforensics.common.engines.base import Engine, EngineStarter, Host
-from fpforensics.common.engines.preflight import require_runnable
+from fpforensics.common.engines.preflight import check_checkpoint, require_runnable
 from fpforensics.common.engines.remote import start_engine
-from fpforensics.common.engines.transformers_load import check_checkpoint
 from fpforensics.common.environment import describe_environment
 from fpforensics.common.errors import CancelledError, NondeterminismError, UsageError, shorten
 from fpforensics.common.evidence import Evidence, Repetitions, Row

@@ -55,6 +55,16 @@ ALTERNATIVES = (
     "quant=torchao-int8",
     "quant=torchao-int4",
 )
+VLLM_ALTERNATIVES = (
+    "attn=vllm_flash_attn_3",
+    "attn=vllm_triton",
+    "dtype=bf16",
+    "dtype=fp16",
+    "dtype=fp32",
+    "quant=none",
+    "quant=bnb-nf4",
+    "quant=torchao-int8",
+)
 # What contradicts a claim about another field; the first that is not what is claimed.
 COUNTER_VALUES: Mapping[str, tuple[str, ...]] = {
     "batch_size": ("batch=1", "batch=2"),
@@ -64,6 +74,12 @@ COUNTER_VALUES: Mapping[str, tuple[str, ...]] = {
     "emulate_tensor_parallel": ("emulate_tp=1", "emulate_tp=2"),
     "expert_parallel": ("ep=1", "ep=2"),
     "concurrent_work": ("concurrent=false", "concurrent=true"),
+    "backend": ("backend=transformers", "backend=vllm"),
+    "kv_cache": ("kv=auto", "kv=fp8"),
+    "pipeline_parallel": ("pp=1", "pp=2"),
+    "max_batched_tokens": ("chunk=auto", "chunk=64"),
+    "cuda_graphs": ("graphs=false", "graphs=true"),
+    "batch_invariant": ("invariant=false", "invariant=true"),
 }
 C = TypeVar("C", bound=Collector)
 MAX_LINEUP = 64
@@ -323,7 +339,8 @@ def _plan_replays(checked: Sequence[Checked], plan: CheckPlan) -> tuple[list[Mem
 
 def _alternatives(first: ExecutionConfig, plan: CheckPlan) -> list[ExecutionConfig]:
     """The default lineup: one change each, and one that contradicts each other field that the claim asserts."""
-    configs = [parse_config(spec, first) for spec in ALTERNATIVES]
+    specs = VLLM_ALTERNATIVES if first.backend == "vllm" else ALTERNATIVES
+    configs = [parse_config(spec, first) for spec in specs]
     for field in parse_claim(plan.claim).assertions if plan.claim else ():
         values = [parse_config(spec, first) for spec in COUNTER_VALUES.get(field, ())]
         configs += [config for config in values if config != first][:1]
@@ -334,7 +351,7 @@ def _require_bounded(bundle: VerifiedBundle, members: Sequence[Member], rows: Ma
     """A bundle must not choose how long a verifier computes."""
     prompts = {entry.id: math.prod(entry.prompt_ids.shape) for entry in bundle.evidence.references}
     tokens = sum(
-        member.config.batch_size * (prompts[trace.reference_id] + math.prod(trace.output_ids.shape))
+        max(1, member.config.batch_size) * (prompts[trace.reference_id] + math.prod(trace.output_ids.shape))
         for member in members
         for row in rows[member.id]
         for trace in row.traces

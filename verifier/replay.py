@@ -12,6 +12,7 @@ import msgspec
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines.base import EngineFacts, EngineStarter, Host, ReplayMode
 from fpforensics.common.engines.remote import start_engine
+from fpforensics.common.engines.transformers_load import WEIGHT_ONLY
 from fpforensics.common.errors import CancelledError, MissingDependencyError, ReplayError, UsageError, shorten
 from fpforensics.common.evidence import Row
 from fpforensics.common.signals import PHASES, CapturePlan, Trace
@@ -53,13 +54,15 @@ class MemberReplay:
 def anchor_of(config: ExecutionConfig) -> ExecutionConfig | None:
     """The claimed config in a wider dtype, by the plainest path: same weights and quantization, little rounding.
 
-    None where nothing wider can be computed: for float64, and for quantized weights in float32.
+    None where nothing wider can be computed: for float64, for quantized weights in float32, and for formats that only vLLM's
+    kernels multiply, in bf16 or fp16. The path is that of transformers for a config of vLLM too, which has no float64.
     """
     if config.dtype not in WIDER or (config.dtype == "fp32" and config.quantization != "none"):
         return None
+    if config.backend == "vllm" and config.quantization not in WEIGHT_ONLY:
+        return None
     return ExecutionConfig(
         model=config.model,
-        backend=config.backend,
         dtype=WIDER[config.dtype],  # type: ignore[arg-type]
         quantization=config.quantization,
     )

@@ -12,6 +12,7 @@ from fpforensics.common.errors import UsageError, did_you_mean, shorten
 
 ENGINES: Mapping[str, str] = {
     "transformers": "fpforensics.common.engines.transformers_engine:TransformersEngine",
+    "vllm": "fpforensics.common.engines.vllm_engine:VllmEngine",
 }
 
 
@@ -28,8 +29,6 @@ def open_engine(config: ExecutionConfig, host: Host | None = None) -> Engine:
 
 def find_engine(config: ExecutionConfig) -> str:
     """The ``module:class`` that runs the config's backend. Raises :class:`UsageError` where there is none."""
-    if config.backend == "vllm":
-        raise UsageError("backend=vllm: the vLLM engine is not part of this release", "use backend=transformers")
     entry = ENGINES.get(config.backend)
     if entry is None:
         raise UsageError(

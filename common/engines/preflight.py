@@ -8,11 +8,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from fpforensics.common.config import ExecutionConfig
-from fpforensics.common.engines import find_engine
+from fpforensics.common.engines import find_engine, transformers_load, vllm_rules
 from fpforensics.common.engines.base import Host
-from fpforensics.common.engines.transformers_load import check_combination, check_packages
 from fpforensics.common.errors import ReplayError, UsageError, shorten
 
 
@@ -33,11 +33,20 @@ def require_runnable(configs: Iterable[ExecutionConfig], host: Host) -> None:
     """
     for config in configs:
         find_engine(config)
-        check_combination(config)
+        rules = vllm_rules if config.backend == "vllm" else transformers_load
+        rules.check_combination(config)
         if not host.python:
-            check_packages(config)
+            rules.check_packages(config)
+        if config.backend == "vllm":
+            vllm_rules.check_host(config, host)
         if config.attention == "flash_attention_2" and (host.device == "cpu" or _no_cuda(host)):
             raise ReplayError("attn=flash_attention_2 needs a CUDA device", "use attn=sdpa_flash")
+
+
+def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
+    """Raise :class:`UsageError` where the checkpoint in ``path`` is not what ``config`` says; needs no torch."""
+    rules = vllm_rules if config.backend == "vllm" else transformers_load
+    rules.check_checkpoint(config, path)
 
 
 def _no_cuda(host: Host) -> str:
@@ -54,12 +63,13 @@ def _no_cuda(host: Host) -> str:
     build = torch.partition("+")[2]
     if build == "cpu" or sys.platform == "darwin":
         return f"torch {torch} computes on CPUs only"
-    if (not build or build.startswith("cu")) and "LD_LIBRARY_PATH" not in host.env and not _has_driver():
+    if (not build or build.startswith("cu")) and "LD_LIBRARY_PATH" not in host.env and not has_driver():
         return "no NVIDIA driver is installed"
     return ""
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
+    """Whether this machine has NVIDIA's driver."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

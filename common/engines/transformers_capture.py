@@ -14,24 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fpforensics.common.errors import ReplayError, UsageError
-from fpforensics.common.signals import LAST, Array, CapturePlan, Phase, PhaseTrace
+from fpforensics.common.engines.rows import require_finite
+from fpforensics.common.errors import ReplayError
+from fpforensics.common.signals import Array, CapturePlan, Phase, PhaseTrace
 
 _ROWS_AT_ONCE = 64
-
-
-def planned_blocks(layers: Sequence[str], depth: int) -> dict[str, int]:
-    """Layer names of a plan to 0-based blocks, those beyond ``depth`` left out; ``last`` and its number are
-    both kept.
-    """
-    blocks: dict[str, int] = {}
-    for layer in layers:
-        if layer != LAST and not (layer.isascii() and layer.isdigit() and int(layer[:9]) >= 1):
-            raise UsageError(f"layer {layer[:20]!r} is neither a block number from 1 nor {LAST!r}", "e.g. 1,2,4,last")
-        block = depth - 1 if layer == LAST else int(layer[:9]) - 1
-        if block < depth:
-            blocks[layer] = block
-    return blocks
 
 
 def decoder_blocks(model: nn.Module, depth: int) -> nn.ModuleList:
@@ -183,10 +170,10 @@ class PhaseRecorder:
         """Everything on the host. Raises :class:`ReplayError` naming the first row that is not finite."""
         if self._done != len(self.positions):
             raise ReplayError(f"{reference_id}: {self._done} of {len(self.positions)} {self.phase} positions ran", "")
-        hidden = {block: _to_numpy(torch.cat(rows)) for block, rows in self._hidden.items()}
-        keys = {block: _to_numpy(torch.cat(rows)) for block, rows in self._keys.items()}
+        hidden = {block: to_numpy(torch.cat(rows)) for block, rows in self._hidden.items()}
+        keys = {block: to_numpy(torch.cat(rows)) for block, rows in self._keys.items()}
         empty = np.zeros((0, self._plan.top_k if self._claimed_MK is None else self._claimed_MK.shape[1]))
-        columns = {name: _to_numpy(torch.cat(rows)) if rows else empty for name, rows in self._columns.items()}
+        columns = {name: to_numpy(torch.cat(rows)) if rows else empty for name, rows in self._columns.items()}
         trace = PhaseTrace(
             positions=self.positions.astype(np.int32),
             logprob_ids=columns["ids"].astype(np.int32),
@@ -196,7 +183,7 @@ class PhaseRecorder:
             key_vectors={layer: keys[block] for layer, block in self._blocks.items() if block in keys},
             logits=columns["logits"] if self._plan.full_logits and self._done else None,
         )
-        _require_finite(trace, reference_id, self.phase)
+        require_finite(trace, reference_id, self.phase)
         return trace
 
 
@@ -223,30 +210,11 @@ def record_rows(
         start = end
 
 
-def _require_finite(trace: PhaseTrace, reference_id: str, phase: Phase) -> None:
-    for name, rows in sorted(trace.tensors().items(), key=lambda item: _depth(item[0])):
-        if name in ("positions", "logprob_ids"):
-            continue
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=tuple(range(1, rows.ndim))))
-        if len(bad):
-            position = int(trace.positions[bad[0]])
-            raise ReplayError(
-                f"{name} is not finite at position {position} of {reference_id} ({phase})",
-                "the model overflows in this dtype: use dtype=bf16 or fp32",
-            )
-
-
-def _depth(name: str) -> tuple[int, str]:
-    """Earlier blocks first: the first layer that overflows is the one to name."""
-    layer = name.partition("/")[2]
-    return (int(layer) if layer.isdigit() else 10**9 if layer else 10**9 + 1), name
-
-
 def _ids_on(ids: Array, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(device)
 
 
-def _to_numpy(rows: torch.Tensor) -> Array:
+def to_numpy(rows: torch.Tensor) -> Array:
     """The same bits on the host; bfloat16 becomes ``ml_dtypes.bfloat16``."""
     host = rows.detach().cpu().contiguous()
     if host.dtype == torch.bfloat16:

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.config import ExecutionConfig, is_vllm_attention
 from fpforensics.common.engines.transformers_int4 import (
     STORED_INT4,
     check_layout,
@@ -33,8 +33,8 @@ _PACKAGES = {
     "bnb": ("bitsandbytes", INSTALL_HF),
     "torchao": ("torchao", "pip install 'fpforensics[torchao]'"),
 }
-_NOT_YET = "which is not part of this release"
 _INT4_GROUPS = (128, 64, 32, 16)
+_VLLM_ONLY = frozenset({"awq_marlin", "gptq_marlin", "compressed-int4", "compressed-int8", "compressed-fp8", "fp8"})
 
 
 def check_config(config: ExecutionConfig) -> None:
@@ -49,10 +49,21 @@ def check_combination(config: ExecutionConfig) -> None:
     """Raise :class:`UsageError` for what this engine does nowhere."""
     _check_parallelism(config)
     if config.concurrent_work:
-        raise UsageError(
-            f"concurrent=true needs the vLLM engine, {_NOT_YET}: backend transformers runs one request at a time",
-            "use concurrent=false",
-        )
+        raise UsageError("concurrent=true: backend transformers runs one request at a time", "use concurrent=false")
+    if is_vllm_attention(config.attention):
+        raise UsageError(f"attn={config.attention} needs backend=vllm", "use attn=sdpa, or backend=vllm")
+    if config.quantization in _VLLM_ONLY:
+        raise UsageError(f"quant={config.quantization} needs backend=vllm", "name both, or another quantization")
+    for asked, what in (
+        (config.kv_cache != "auto", f"kv={config.kv_cache}"),
+        (config.pipeline_parallel > 1, f"pp={config.pipeline_parallel}"),
+        (config.batch_size == 0, "batch=auto"),
+        (config.max_batched_tokens > 0, f"chunk={config.max_batched_tokens}"),
+        (config.cuda_graphs, "graphs=true"),
+        (config.batch_invariant, "invariant=true"),
+    ):
+        if asked:
+            raise UsageError(f"{what} needs backend=vllm", "leave it out, or use backend=vllm")
     if config.matmul == "fp32-rounded":
         if config.quantization not in WEIGHT_ONLY:
             raise UsageError(
@@ -214,12 +225,12 @@ def _check_parallelism(config: ExecutionConfig) -> None:
         )
     if tp > 1:
         raise UsageError(
-            f"tp={tp} needs the vLLM engine, {_NOT_YET}: backend transformers runs on one device",
-            f"use emulate_tp={tp} for the partial sums of {tp} ranks on one device",
+            f"tp={tp} needs backend=vllm: backend transformers runs on one device",
+            f"use backend=vllm, or emulate_tp={tp} for the partial sums of {tp} ranks on one device",
         )
     if ep > 1:
         raise UsageError(
-            f"ep={ep} needs the vLLM engine, {_NOT_YET}: backend transformers runs on one device", "use ep=1"
+            f"ep={ep} needs backend=vllm: backend transformers runs on one device", "use backend=vllm, or ep=1"
         )
     if emulated > 1 and config.quantization != "none":
         raise UsageError(

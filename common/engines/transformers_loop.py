@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.engines.rows import planned_blocks
 from fpforensics.common.engines.transformers_batch import phase_request, with_neighbours
 from fpforensics.common.engines.transformers_capture import (
     BlockTaps,
@@ -24,7 +25,6 @@ from fpforensics.common.engines.transformers_capture import (
     decoder_blocks,
     last_keys,
     log_probabilities,
-    planned_blocks,
     record_rows,
 )
 from fpforensics.common.engines.transformers_kernels import KernelWatch, attention_backend

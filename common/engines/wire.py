@@ -120,13 +120,15 @@ class _Blob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
     data: bytes
 
 
-def _to_blob(value: Any) -> _Blob:
+def to_blob(value: Any) -> _Blob:
+    """msgspec's ``enc_hook`` for arrays."""
     if not isinstance(value, np.ndarray):
         raise NotImplementedError(f"cannot send {type(value)}")
     return _Blob(dtype_name(value), value.shape, np.ascontiguousarray(value).tobytes())
 
 
-def _from_blob(kind: Any, value: Any) -> Array:
+def from_blob(kind: Any, value: Any) -> Array:
+    """msgspec's ``dec_hook`` for arrays."""
     if getattr(kind, "__origin__", kind) is not np.ndarray:
         raise NotImplementedError(f"cannot receive {kind}")
     blob = msgspec.convert(value, _Blob)
@@ -135,9 +137,9 @@ def _from_blob(kind: Any, value: Any) -> Array:
     return np.frombuffer(blob.data, DTYPES[blob.dtype]).reshape(blob.shape)
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=_to_blob)
-_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request, dec_hook=_from_blob)
-_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply, dec_hook=_from_blob)
+_encoder = msgspec.msgpack.Encoder(enc_hook=to_blob)
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request, dec_hook=from_blob)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply, dec_hook=from_blob)
 
 
 def send(channel: socket.socket, message: Request | Reply) -> None:

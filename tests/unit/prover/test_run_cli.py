@@ -65,9 +65,10 @@ NEVER = [
     ("--layers 1,0", "layer '0'"),
     ("--layers 9999", "layer '9999' (a block number from 1 to 4096"),
     ("--layers 1,1", "name one twice"),
-    ("--config tp=2", "tp=2 needs the vLLM engine, which is not part of this release"),
-    ("--config tp=2", "use emulate_tp=2"),
-    ("--config backend=vllm", "the vLLM engine is not part of this release (use backend=transformers)"),
+    ("--config tp=2", "tp=2 needs backend=vllm"),
+    ("--config tp=2", "or emulate_tp=2"),
+    ("--config backend=vllm,dtype=fp64", "backend vllm does not compute in fp64"),
+    ("--config speculative=true", "config key 'speculative' is refused: a draft model"),
     ("--config quant=bnb-int8,matmul=fp32-rounded", "does not combine with quant=bnb-int8"),
     ("--config attn=sdpa --config attn=sdpa", "names the same config twice"),
     ("--python /nosuch", "--python /nosuch: no such interpreter"),
@@ -187,5 +188,5 @@ def test_a_session_refuses_before_it_looks_for_the_model(
     monkeypatch.setattr(session, "resolve_model", refuse)
     generate(tmp_path / "prover.key")
     plan = SessionPlan(configs=(parse_config("ep=2"),))
-    with pytest.raises(UsageError, match="ep=2 needs the vLLM engine"):
+    with pytest.raises(UsageError, match="ep=2 needs backend=vllm"):
         session.run_session(plan, host, session.PrivateKey.fresh(), tmp_path / "x.msgpack")

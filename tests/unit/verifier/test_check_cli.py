@@ -119,8 +119,8 @@ def test_help_says_that_verdict_and_sign_go_together(
 @pytest.mark.parametrize(
     ("plan", "kind", "said"),
     [
-        (CheckPlan(lineup=("tp=2",)), UsageError, "use emulate_tp=2"),
-        (CheckPlan(claim="backend=vllm"), UsageError, "the vLLM engine is not part of this release"),
+        (CheckPlan(lineup=("tp=2",)), UsageError, "or emulate_tp=2"),
+        (CheckPlan(claim="backend=vllm,dtype=fp64"), UsageError, "backend vllm does not compute in fp64"),
         (CheckPlan(lineup=("quant=torchao-int8",)), MissingDependencyError, "needs torchao"),
     ],
 )

@@ -17,7 +17,7 @@ from fpforensics.common.errors import MissingDependencyError, ReplayError, Usage
 def torch_build(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a driver and no opinion on what is visible, until the test says otherwise."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(preflight, "_has_driver", lambda: True)
+    monkeypatch.setattr(preflight, "has_driver", lambda: True)
     monkeypatch.setattr(sys, "platform", "linux")
     return monkeypatch
 
@@ -52,7 +52,7 @@ def test_a_gpu_that_cannot_be_there_is_refused(
     torch_build: pytest.MonkeyPatch, version: str, driver: bool, env: dict[str, str], said: str
 ) -> None:
     with_torch(torch_build, version)
-    torch_build.setattr(preflight, "_has_driver", lambda: driver)
+    torch_build.setattr(preflight, "has_driver", lambda: driver)
     with pytest.raises(ReplayError, match="device cuda is not available here") as refused:
         require_host(Host(device="cuda", env=env))
     assert said in refused.value.message

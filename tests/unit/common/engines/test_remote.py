@@ -84,8 +84,8 @@ def test_a_worker_does_what_the_engine_does_in_process(host: Host) -> None:
 def test_errors_while_loading_come_from_start_engine(host: Host) -> None:
     with pytest.raises(UsageError, match="tp=2"):
         start_engine(parse_config("model=tiny,tp=2"), host)
-    with pytest.raises(UsageError, match="the vLLM engine is not part of this release"):
-        start_engine(parse_config("model=tiny,backend=vllm"), host)
+    with pytest.raises(UsageError, match="attn=sdpa is not one of backend vllm's"):
+        start_engine(parse_config("model=tiny,backend=vllm,attn=sdpa"), host)
 
 
 def test_a_worker_killed_in_the_middle_names_the_signal(host: Host) -> None:

@@ -220,10 +220,10 @@ def test_a_model_without_a_plan_is_split_by_names(tiny_llama: Path) -> None:
     ("spec", "kind", "said"),
     [
         ("emulate_tp=2,tp=2", UsageError, "tp=2 does not combine with emulate_tp=2"),
-        ("tp=2", UsageError, "use emulate_tp=2 for the partial sums of 2 ranks"),
+        ("tp=2", UsageError, "emulate_tp=2 for the partial sums of 2 ranks"),
         ("emulate_tp=2,quant=bnb-nf4", UsageError, "emulate_tp=2 does not combine with quant=bnb-nf4"),
         ("emulate_tp=2,quant=gptq", UsageError, "does not combine with quant=gptq"),
-        ("emulate_tp=2,backend=vllm", UsageError, "the vLLM engine is not part of this release"),
+        ("emulate_tp=2,backend=vllm", UsageError, "emulate_tp=2 needs backend=transformers"),
         ("emulate_tp=3", UsageError, "cannot be split among 3"),
     ],
 )

