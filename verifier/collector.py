@@ -19,7 +19,7 @@ from fpforensics.verifier.environment_diff import compare_environments
 from fpforensics.verifier.exact import Setting, first_difference, setting_of
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import Measurement, kernel_classes
-from fpforensics.verifier.replay import Member, MemberReplay, fingerprint
+from fpforensics.verifier.replay import Member, MemberReplay, fingerprint, weights_of
 from fpforensics.verifier.score import EARLY, Scores, score
 
 ANCHOR_PREFIX = "anchor:"
@@ -120,7 +120,7 @@ class Collector:
             return
         if member.config == each.anchor:
             ours: Sequence[Trace] = [self._bundle.trace(each.row, trace.reference_id) for trace in traces]
-        elif (member.config.model, member.config.quantization) == (each.anchor.model, each.anchor.quantization):
+        elif weights_of(member.config) == weights_of(each.anchor):
             ours = traces
         else:
             return

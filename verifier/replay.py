@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.config import ExecutionConfig, Quantization
 from fpforensics.common.engines.base import EngineFacts, EngineStarter, Host, ReplayMode
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.engines.transformers_load import WEIGHT_ONLY
@@ -22,6 +22,9 @@ Report = Callable[[str, int, int], None]
 
 WIDER: Mapping[str, str] = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp64"}
 """The dtype that the anchor of a config of this dtype is computed in."""
+
+OTHER_KERNELS: Mapping[str, Quantization] = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+"""Quantizations that differ from another one in their kernels alone: the weights of a checkpoint are the same."""
 
 MAX_REASON = 500
 """Characters of the reason why a member was skipped: it goes into a signed verdict."""
@@ -59,13 +62,19 @@ def anchor_of(config: ExecutionConfig) -> ExecutionConfig | None:
     """
     if config.dtype not in WIDER or (config.dtype == "fp32" and config.quantization != "none"):
         return None
-    if config.backend == "vllm" and config.quantization not in WEIGHT_ONLY:
+    _, quantization = weights_of(config)
+    if config.backend == "vllm" and quantization not in WEIGHT_ONLY:
         return None
     return ExecutionConfig(
         model=config.model,
         dtype=WIDER[config.dtype],  # type: ignore[arg-type]
-        quantization=config.quantization,
+        quantization=quantization,
     )
+
+
+def weights_of(config: ExecutionConfig) -> tuple[str, Quantization]:
+    """(model, quantization): configs of the same pair multiply by the same numbers."""
+    return config.model, OTHER_KERNELS.get(config.quantization, config.quantization)
 
 
 def run_lineup(

@@ -1,12 +1,12 @@
 """vLLM configs on one GPU: a signed bundle of each, the same tokens forced through all of them, and every bundle replayed by every config.
 
-    python tests/gpu/vllm_h100.py --out DIR --model-path base=/models/x [--model-path awq=/models/x-awq ...]
+    bench/vllm_matrix.py --out DIR --model-path base=/models/x [--model-path awq=/models/x-awq ...]
         [--seconds 540] [--stage make|cross|all] [--references 4] [--prompt 512] [--new 64] SPEC [SPEC ...]
 
 Each SPEC is a config as the prover takes it, e.g. ``model=base,attn=vllm_triton`` (``backend=vllm`` is implied; say
 ``backend=transformers`` for the other engine). Stage ``make`` starts each config once: the prover's session writes its bundle, then
 the first config's tokens are forced through it in both modes. Stage ``cross`` starts each again and replays every bundle in DIR.
-A config that fails is reported and left out. What is left when the time is over is named in ``results.json``.
+With ``--compact`` each config also leaves a bundle that is small enough to keep. A config that fails is reported and left out. What is left when the time is over is named in ``results.json``.
 
 DIR/results.json: facts, seconds, failures, kernel classes by mode. DIR/distances.npz: ``shared/{mode}/{cell}`` and
 ``cross/{mode}/{cell}`` (C, C) float64, rows claimed, columns verified, NaN where nothing ran; ``names`` (C,).
@@ -58,8 +58,8 @@ class Driver:
         self.forcings: list[Forcing] | None = None
         self.shared: dict[ReplayMode, dict[str, list[Trace]]] = {mode: {} for mode in MODES}
 
-    def bundle(self, name: str) -> Path:
-        return self.folder / f"bundle{self.names.index(name):02d}.msgpack"
+    def bundle(self, name: str, kind: str = "bundle") -> Path:
+        return self.folder / f"{kind}{self.names.index(name):02d}.msgpack"
 
     def each(self, stage: str, work: Callable[[str, ExecutionConfig, Engine], None]) -> None:
         """Run ``work`` in each config's own worker; failures are written down."""
@@ -101,6 +101,16 @@ class Driver:
             allow_nondeterminism=True,
         )
         run_session(plan, self.host, KEY, self.bundle(name), start=running)
+        if options.compact:
+            small = msgspec.structs.replace(
+                plan,
+                references=2,
+                prompt_tokens=min(options.prompt, 192),
+                capture=CapturePlan(layers=("1", "2", "4"), prefill_positions=8, top_k=5),
+                layers_named=True,
+                sampling=Sampling(max_new_tokens=5),
+            )
+            run_session(small, self.host, KEY, self.bundle(name, "compact"), start=running)
         with open_bundle(self.bundle(name), Keyring([KEY.public])) as bundle:
             (row,) = bundle.evidence.rows
             repetitions = row.repetitions
@@ -191,6 +201,9 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=16, help="prompt positions to capture")
     parser.add_argument("--layers", default="1,2,4,12,last")
     parser.add_argument("--debug", default="0")
+    parser.add_argument(
+        "--compact", action="store_true", help="also a bundle of few positions and layers, small enough to keep"
+    )
     driver = Driver(parser.parse_args())
     if driver.options.stage != "cross":
         driver.each("make", driver.make)
