@@ -72,7 +72,7 @@ def measure(engine: VllmEngine, batch: int, options: argparse.Namespace) -> None
             )
             for reference, trace in zip(references, traces, strict=True)
         ]
-        _, spent = timed(lambda forced=forcings: engine.teacher_force(forced, CapturePlan(), "prefill"))
+        _, spent = timed(lambda forcings=forcings: engine.teacher_force(forcings, CapturePlan(), "prefill"))
         if repetition:
             seconds["replay"].append(spent)
     tokens, off = batch * options.new, statistics.median(seconds["off"])

@@ -22,14 +22,14 @@ NOT_RUN = "not run in a prefill replay"
 
 Values = Mapping[str, str]
 _Expected = Callable[[str, str, str], bool]  # (name, prover's value, verifier's value)
-_DECODE, _PRODUCTS = "attention (decode)", "matmul_operators"
+_DECODE, _PRODUCTS, _STEPS = "attention (decode)", "matmul_operators", "batch_schedule"
 # What a field of the config decides, beside what it says itself.
 _DECIDED_BY: Mapping[str, tuple[str, ...]] = {
     "quantization": ("quantization", _PRODUCTS),
     "attention": ("attention (prefill)", _DECODE, _PRODUCTS),
     "dtype": (_PRODUCTS,),
-    "batch_size": (_PRODUCTS, "batch_schedule"),
-    "max_batched_tokens": ("max_batched_tokens", "batch_schedule"),
+    "batch_size": (_PRODUCTS, _STEPS),
+    "max_batched_tokens": ("max_batched_tokens", _STEPS),
     "kv_cache": ("kv_cache_dtype", "attention (prefill)", _DECODE),
     "cuda_graphs": ("cuda_graphs", "graph_sizes"),
     "tensor_parallel": (_PRODUCTS,),
@@ -94,8 +94,8 @@ def compare_environments(
         {k: v for k, v in _kernels(each).items() if k not in variables} for each in (prover_facts, verifier_facts)
     )
     partial = mode == "prefill"
-    if partial and "decode" not in verifier_facts.attention_kernels and "decode" in prover_facts.attention_kernels:
-        replayed[_DECODE] = NOT_RUN
+    if partial and "decode" not in verifier_facts.attention_kernels:
+        replayed |= {name: NOT_RUN for name in (_DECODE, _STEPS) if name in ran and name not in replayed}
     decided = {name for field in tested for name in _DECIDED_BY.get(field, ())}
     kernels = _compare(
         "kernels",
@@ -135,7 +135,7 @@ def _compare(
 
 def _only_decode_differs(name: str, prover: str, verifier: str) -> bool:
     """Whether a replay by one forward over everything explains it: no decode kernel ran, so none of its operators did."""
-    return (name == _DECODE and verifier == NOT_RUN) or (
+    return (name in (_DECODE, _STEPS) and verifier == NOT_RUN) or (
         name == _PRODUCTS and set(verifier.split(", ")) < set(prover.split(", "))
     )
 

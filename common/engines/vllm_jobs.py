@@ -86,7 +86,6 @@ class WorkerFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     quantization: list[str]
     experts: list[str]
     products: list[str]
-    blind: str = ""  # why hidden states and keys cannot be captured; empty where they can
     numerics: dict[str, str] = {}
 
 

