@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fpforensics.common.signals import PHASES
+from fpforensics.common.words import counted
 from fpforensics.verifier.lanes import (
     ALPHA,
     LANES,
@@ -163,7 +164,7 @@ def judge(
     needed = _needed(remain, [claimed, *others], classes, calibration)
     said = f"not told apart from {', '.join(sorted(remain))}, which contradict the claim"
     if needed:
-        said += f": about {needed} prompts like these would settle it"
+        said += f": about {counted(needed, 'prompt')} like these would settle it"
     return Judgement("INCONCLUSIVE", (resting, said), claim.p, tested, needed)
 
 

@@ -298,11 +298,11 @@ def _by_limits(
     # 3.
     if claimed.floors > MAX_FLOORS:
         return "INCONSISTENT", (
-            f"further from the claimed config than rounding explains: {_number(claimed.floors)} noise floors, "
-            f"limit {MAX_FLOORS:g}",
+            f"further from the claimed config than rounding explains: {_number(claimed.floors)} noise floors over all "
+            f"layers, limit {MAX_FLOORS:g}",
             *_better(claimed, contradicting),
         )
-    resting = f"{_number(d_in)} noise floors from {fitting[0].id}, within the limit of {MAX_FLOORS:g}"
+    resting = f"{_number(d_in)} noise floors from {fitting[0].id} over all layers, within the limit of {MAX_FLOORS:g}"
     # 4.
     if not contradicting:
         if identity_only:
