@@ -112,7 +112,7 @@ def _environment(differences: Sequence[Difference]) -> Iterator[str]:
     groups = (
         ("Critical dependencies:", [each for each in differences if each not in hardware and each not in tested]),
         ("What the claim or the lineup is about:", tested),
-        ("Expected differences (hardware, replay mode):", hardware),
+        ("Expected differences (hardware, thread count, replay mode):", hardware),
     )
     for title, group in groups:
         if group:

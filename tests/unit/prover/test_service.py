@@ -458,6 +458,7 @@ PLANS = st.builds(
     ),
     repetitions=st.integers(1, 20),
     allow_nondeterminism=st.booleans(),
+    layers_named=st.booleans(),
     nonce=st.one_of(st.just(""), st.binary(min_size=16, max_size=64).map(bytes.hex)),
 )
 
