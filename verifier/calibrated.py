@@ -1,6 +1,6 @@
 """The calibrated rule: a claim is judged by which members of the lineup could have made the evidence.
 
-In order, after equality has been looked at (rules 0 to 2 of :mod:`fpforensics.verifier.decision`):
+In order, after equality has been looked at (rules 0 to 2 of :mod:`fpforensics.verifier.fixed`):
 
  3. Honest evidence of the claimed config would look like this at most α of the time: INCONSISTENT.
  4. It states another kind of device, and is nearer than honest evidence from one: INCONCLUSIVE, too good to vouch for. Nothing in
