@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         if ctx.auto_envvar_prefix:
-            _name_variables(command, f"{ctx.auto_envvar_prefix}_{cmd_name.upper()}")
+            _name_variables(command, f"{ctx.auto_envvar_prefix}_{cmd_name}")
         return command
 
     def resolve_command(
@@ -102,9 +102,9 @@ def _name_variables(command: click.Command, prefix: str) -> None:
     for option in command.params:
         if isinstance(option, click.Option):
             flag = max(option.opts, key=len).lstrip("-")
-            option.envvar = f"{prefix}_{flag.upper().replace('-', '_')}"
+            option.envvar = f"{prefix}_{flag}".upper().replace("-", "_")
     for name, each in (command.commands if isinstance(command, click.Group) else {}).items():
-        _name_variables(each, f"{prefix}_{name.upper()}")
+        _name_variables(each, f"{prefix}_{name}")
 
 
 def fail(error: Error) -> None:

@@ -19,7 +19,9 @@ def commands(program: click.Group, name: str) -> dict[str, click.Command]:
         command = program.get_command(context, each)
         assert command is not None
         nested = command.commands if isinstance(command, click.Group) else {"": command}
-        found |= {f"{name}_{each}_{inner}".rstrip("_").upper(): every for inner, every in nested.items()}
+        found |= {
+            f"{name}_{each}_{inner}".rstrip("_").upper().replace("-", "_"): every for inner, every in nested.items()
+        }
     return found
 
 
