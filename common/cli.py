@@ -43,6 +43,8 @@ class LazyGroup(click.Group):
         module, _, attribute = self.lazy[cmd_name][0].partition(":")
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
+        if ctx.auto_envvar_prefix:
+            _name_variables(command, f"{ctx.auto_envvar_prefix}_{cmd_name}")
         return command
 
     def resolve_command(
@@ -85,6 +87,24 @@ def run(group: click.Group, program: str) -> None:
         # The reader of our output went away (`| head`): nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def variables_help(program: str, command: str) -> str:
+    """The line of ``--help`` on environment variables, with ``command --key`` of ``program`` as its example."""
+    return (
+        f"Every option has an environment variable: {program.upper()}_{command.upper()}_KEY is `{program} {command} --key`. "
+        "Of a repeatable one it holds several values: files with ':' between them, all else with spaces."
+    )
+
+
+def _name_variables(command: click.Command, prefix: str) -> None:
+    """Let ``--some-flag`` be read from ``PREFIX_SOME_FLAG``: click's own names come from the function's parameters."""
+    for option in command.params:
+        if isinstance(option, click.Option):
+            flag = max(option.opts, key=len).lstrip("-")
+            option.envvar = f"{prefix}_{flag}".upper().replace("-", "_")
+    for name, each in (command.commands if isinstance(command, click.Group) else {}).items():
+        _name_variables(each, f"{prefix}_{name}")
 
 
 def fail(error: Error) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fpforensics.common.config import claim_of
+from fpforensics.common.words import counted
 
 if TYPE_CHECKING:
     from fpforensics.common.inspect import BundleSummary, RowSummary, SignalSummary
@@ -40,12 +41,12 @@ def _lines(summary: BundleSummary) -> Iterator[str]:
     yield ""
     sampling = summary.sampling
     drawn = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}"
-    yield f"Sampling: up to {sampling.max_new_tokens} tokens, {drawn if sampling.temperature else 'greedy'}"
+    yield f"Sampling: up to {counted(sampling.max_new_tokens, 'token')}, {drawn if sampling.temperature else 'greedy'}"
     yield ""
     yield f"References ({len(summary.references)})"
     for reference in summary.references:
-        tokens = ", ".join(map(str, reference.output_tokens))
-        yield _field(reference.id, f"{reference.prompt_tokens} prompt tokens, {tokens} generated  {reference.source}")
+        prompt = counted(reference.prompt_tokens, "prompt token")
+        yield _field(reference.id, f"{prompt}, {_generated(reference.output_tokens)}  {reference.source}")
     for row in summary.rows:
         yield ""
         yield f"Row {row.config_id}"
@@ -76,7 +77,7 @@ def _row(row: RowSummary) -> Iterator[str]:
     widths = f"hidden {model.hidden_size}, keys {model.key_width}, vocabulary {model.vocab_size}"
     yield _field("config", str(claim_of(row.config)))
     yield _field("weights", model.weights_digest)
-    yield _field("model", f"{model.architecture}, {model.num_layers} layers, {widths}")
+    yield _field("model", f"{model.architecture}, {counted(model.num_layers, 'layer')}, {widths}")
     yield _field("ran on", f"{facts.device} {facts.gpu}".rstrip())
     for phase, kernels in facts.attention_kernels.items():
         yield _field("attention", f"{phase}: {', '.join(kernels) or 'none seen'}")
@@ -96,9 +97,17 @@ def _row(row: RowSummary) -> Iterator[str]:
 
 def _signal(signal: SignalSummary) -> str:
     low, high = signal.positions
-    count = f"{low}" if low == high else f"{low} to {high}"
+    count = counted(low, "position") if low == high else f"{low} to {high} positions"
     layers = f"layers {', '.join(signal.layers)}; " if signal.layers else ""
-    return f"{signal.signal}: {layers}{count} positions; {', '.join(signal.dtypes)}"
+    return f"{signal.signal}: {layers}{count}; {', '.join(signal.dtypes)}"
+
+
+def _generated(counts: Sequence[int]) -> str:
+    """How many tokens the rows generated: one number where there is one row, else what all of them did, or the range."""
+    low, high = min(counts, default=0), max(counts, default=0)
+    if low != high:
+        return f"{low} to {high} generated"
+    return f"{low} generated{' each' * (len(counts) > 1)}"
 
 
 def _field(label: str, value: str) -> str:

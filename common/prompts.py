@@ -17,6 +17,7 @@ import numpy as np
 from fpforensics.common.documents import Document, Message, read_documents
 from fpforensics.common.errors import UsageError, shorten
 from fpforensics.common.signals import Array, Reference
+from fpforensics.common.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def build_references(
     chosen = list(islice(_distinct(offered), count))
     if len(chosen) < count:
         raise UsageError(
-            f"asked for {count} references of {prompt_tokens} tokens, but only {len(chosen)} fit in "
+            f"asked for {counted(count, 'reference')} of {counted(prompt_tokens, 'token')}, but only {len(chosen)} fit in "
             f"{', '.join(shorten(document.name) for document in documents[:4])}{' …' * (len(documents) > 4)}",
             "give more or longer documents, or ask for fewer references or tokens",
         )

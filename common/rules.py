@@ -19,6 +19,7 @@ from fpforensics.common.frame import MAX_BLOB_BYTES
 from fpforensics.common.manifest import phase_tensors, span, subjects
 from fpforensics.common.signals import DTYPES, LAST, PHASES
 from fpforensics.common.strict import Limits
+from fpforensics.common.words import counted
 
 REQUIRED = ("positions", "logprob_ids", "logprobs", "chosen_logprobs")
 _FLOATS = ("bf16", "f16", "f32", "f64")
@@ -115,7 +116,7 @@ def _check_row(row: Row, limits: Limits) -> None:
     _bounded(repetitions.count, 1, limits.repetitions, f"{where}, repetitions")
     if len(repetitions.wall_seconds) != repetitions.count:
         raise EvidenceError(
-            f"{where}: {repetitions.count} repetitions and {len(repetitions.wall_seconds)} wall times",
+            f"{where}: {counted(repetitions.count, 'repetition')} and {counted(len(repetitions.wall_seconds), 'wall time')}",
             "one for each",
         )
     for seconds in (*repetitions.wall_seconds, repetitions.wall_mean, repetitions.wall_variance):

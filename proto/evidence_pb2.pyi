@@ -107,18 +107,20 @@ class Sampling(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Capture(_message.Message):
-    __slots__ = ("layers", "prefill_positions", "decode_positions", "top_k", "full_logits")
+    __slots__ = ("layers", "prefill_positions", "decode_positions", "top_k", "full_logits", "layers_named")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     DECODE_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     FULL_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_NAMED_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[str]
     prefill_positions: int
     decode_positions: int
     top_k: int
     full_logits: bool
-    def __init__(self, layers: _Optional[_Iterable[str]] = ..., prefill_positions: _Optional[int] = ..., decode_positions: _Optional[int] = ..., top_k: _Optional[int] = ..., full_logits: bool = ...) -> None: ...
+    layers_named: bool
+    def __init__(self, layers: _Optional[_Iterable[str]] = ..., prefill_positions: _Optional[int] = ..., decode_positions: _Optional[int] = ..., top_k: _Optional[int] = ..., full_logits: bool = ..., layers_named: bool = ...) -> None: ...
 
 class SessionEvent(_message.Message):
     __slots__ = ("progress", "chunk", "end")

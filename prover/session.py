@@ -42,6 +42,7 @@ from fpforensics.common.signals import (
     first_divergence,
 )
 from fpforensics.common.strict import Limits
+from fpforensics.common.words import counted
 
 MAX_REPETITIONS = 100
 MAX_TEMPERATURE = 1000
@@ -177,7 +178,7 @@ def _require_depth(layers: Sequence[str], depth: int | None) -> None:
     deepest = max((int(layer) for layer in layers if layer != LAST), default=0)
     if depth is not None and deepest > depth:
         raise UsageError(
-            f"layer {deepest}: the model has {depth} blocks", f"name blocks from 1 to {depth}, or {LAST!r}"
+            f"layer {deepest}: the model has {counted(depth, 'block')}", f"name blocks from 1 to {depth}, or {LAST!r}"
         )
 
 
@@ -185,7 +186,7 @@ def _require_context(prompt: int, what: str, plan: SessionPlan, checkpoint: Path
     context, new = context_length(checkpoint), plan.sampling.max_new_tokens
     if context is not None and prompt + new > context:
         raise UsageError(
-            f"{prompt} tokens in {what} and {new} new tokens are more than the {context} that the model takes",
+            f"{counted(prompt, 'token')} in {what} and {counted(new, 'new token')} are more than the {context} that the model takes",
             "ask for fewer of either",
         )
 

@@ -61,6 +61,7 @@ def plan_of(request: pb.SessionRequest, models: Collection[str], limits: Session
         repetitions=_number(request, "repetitions", defaults.repetitions, 1, limits.repetitions),
         allow_nondeterminism=request.allow_nondeterminism,
         nonce=nonce.hex(),
+        layers_named=request.capture.layers_named,
     )
 
 
@@ -92,6 +93,7 @@ def request_of(plan: SessionPlan) -> pb.SessionRequest:
             decode_positions=capture.decode_positions,
             top_k=capture.top_k,
             full_logits=capture.full_logits,
+            layers_named=plan.layers_named,
         ),
         repetitions=plan.repetitions,
         allow_nondeterminism=plan.allow_nondeterminism,

@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rpc_world import (
     PROVER_KEY,
     VERIFIER_KEY,
@@ -19,6 +18,7 @@ from rpc_world import (
     result_about,
     write_bundle,
 )
+from service_world import Held, chunks_of, is_serving, open_channel
 
 from fpforensics.common import envelope as dsse
 from fpforensics.common.engines.base import Host
@@ -28,7 +28,6 @@ from fpforensics.common.rpc import CHUNK_BYTES
 from fpforensics.common.serving import RunningServer
 from fpforensics.proto import audit_pb2 as pb
 from fpforensics.proto import audit_pb2_grpc
-from fpforensics.proto.evidence_pb2 import Chunk
 from fpforensics.verifier.check import CheckPlan, CheckResult
 from fpforensics.verifier.client import VerifierClient
 from fpforensics.verifier.intake import VerifiedBundle
@@ -37,18 +36,14 @@ from fpforensics.verifier.verdict import sign_verdict
 
 TRUSTED = Keyring([PROVER_KEY.public])
 VERIFIERS = Keyring([VERIFIER_KEY.public])
-WIDE = 400_000  # hidden states of several MiB: several chunks
 
 
-class Checker:
-    """Stands where replays would run; can be told to fail or to hold."""
+class Checker(Held):
+    """Stands where replays would run."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.plans: list[CheckPlan] = []
-        self.error: Exception | None = None
-        self.hold = False
-        self.holding = threading.Event()
-        self.cancelled = threading.Event()
 
     def __call__(
         self,
@@ -62,25 +57,14 @@ class Checker:
         if self.error:
             raise self.error
         report("holding", 0, 1)
-        self.holding.set()
-        while self.hold:
-            if cancelled():
-                self.cancelled.set()
-                break  # and returns a result all the same: nobody may get it
-            threading.Event().wait(0.01)
+        self.is_cancelled(cancelled)  # and returns a result all the same: nobody may get it
         return quick_check(bundle, plan, host, report)
 
 
 @contextmanager
 def raw(port: int) -> Iterator[Any]:
-    with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
+    with open_channel(port) as channel:
         yield audit_pb2_grpc.VerifierStub(channel)  # type: ignore[no-untyped-call]
-
-
-def is_serving(server: RunningServer) -> bool:
-    with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.enable_http_proxy", 0)]) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10)
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def kept(tmp_path: Path) -> list[str]:
@@ -97,11 +81,8 @@ def header(content: bytes, **changes: Any) -> pb.SubmitRequest:
 
 def upload(content: bytes, step: int = CHUNK_BYTES, **changes: Any) -> Iterator[pb.SubmitRequest]:
     yield header(content, **changes)
-    digest = hashlib.sha256()
-    for start in range(0, len(content), step):
-        data = content[start : start + step]
-        digest.update(data)
-        yield pb.SubmitRequest(chunk=Chunk(data=data, running_sha256=digest.digest()))
+    pieces = (content[start : start + step] for start in range(0, len(content), step))
+    yield from (pb.SubmitRequest(chunk=chunk) for chunk in chunks_of(*pieces))
 
 
 def assert_refused(
@@ -116,7 +97,7 @@ def assert_refused(
     assert "\n" not in details
     assert "Traceback" not in details
     assert kept(tmp_path) == before
-    assert is_serving(server)
+    assert is_serving(server, SERVICE)
     write_bundle(tmp_path / "good", seed=99)
     with VerifierClient(f"127.0.0.1:{server.port}") as client:
         client.submit_bundle(tmp_path / "good")

@@ -33,7 +33,8 @@ def require_as_asked(bundle: VerifiedBundle, plan: SessionPlan) -> None:
 
 def _require_row(evidence: Evidence, row: Row, plan: SessionPlan) -> None:
     depth = row.facts.model.num_layers
-    layers = sorted(layer for layer in plan.capture.layers if not layer.isdigit() or int(layer) <= depth)
+    beyond = {layer for layer in plan.capture.layers if layer.isdigit() and int(layer) > depth}
+    layers = sorted(set(plan.capture.layers) - (set() if plan.layers_named else beyond))
     prompts = {entry.id: entry.prompt_ids.shape[0] for entry in evidence.references}
     generated = plan.sampling.max_new_tokens
     fed = generated - 1

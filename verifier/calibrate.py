@@ -22,6 +22,7 @@ from fpforensics.common.environment import describe_environment
 from fpforensics.common.errors import EvidenceError, LimitError, UsageError, shorten
 from fpforensics.common.keys import Keyring
 from fpforensics.common.signals import PHASES, Phase
+from fpforensics.common.words import counted
 from fpforensics.verifier.calibrated import FAR
 from fpforensics.verifier.check import CheckPlan, replay_bundle
 from fpforensics.verifier.coverage import scopes_of
@@ -151,7 +152,7 @@ def _gather(
         mine.prompts.setdefault(each.prompt.key, each)
     again = len(recorded) - len({each.prompt.key for each in found})
     if again:
-        yield f"{path}, {scope.label}: {again} prompts came before and count once"
+        yield f"{path}, {scope.label}: {counted(again, 'prompt')} came before, counted once"
     mixed = list(detail_differences(mine.scope, scope))
     if mixed:
         yield f"{path}, {scope.label}: not recorded under the same conditions as the first: {', '.join(mixed[:3])}"

@@ -1,6 +1,6 @@
 """The calibrated rule: a claim is judged by which members of the lineup could have made the evidence.
 
-In order, after equality has been looked at (rules 0 to 2 of :mod:`fpforensics.verifier.decision`):
+In order, after equality has been looked at (rules 0 to 2 of :mod:`fpforensics.verifier.fixed`):
 
  3. Honest evidence of the claimed config would look like this at most α of the time: INCONSISTENT.
  4. It states another kind of device, and is nearer than honest evidence from one: INCONCLUSIVE, too good to vouch for. Nothing in
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fpforensics.common.signals import PHASES
+from fpforensics.common.words import counted
 from fpforensics.verifier.lanes import (
     ALPHA,
     LANES,
@@ -163,7 +164,7 @@ def judge(
     needed = _needed(remain, [claimed, *others], classes, calibration)
     said = f"not told apart from {', '.join(sorted(remain))}, which contradict the claim"
     if needed:
-        said += f": about {needed} prompts like these would settle it"
+        said += f": about {counted(needed, 'prompt')} like these would settle it"
     return Judgement("INCONCLUSIVE", (resting, said), claim.p, tested, needed)
 
 

@@ -38,7 +38,7 @@ from fpforensics.verifier.environment_diff import Difference, compare_environmen
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import MatrixReport, build_matrices
 from fpforensics.verifier.measured import MeasuredProfile
-from fpforensics.verifier.replay import Member, Report, anchor_of, run_lineup
+from fpforensics.verifier.replay import Member, Report, anchor_of, on_transformers, run_lineup
 
 # Quantized formats with products of their own, which no other path replaces.
 OWN_MATMUL = ("bnb-int8",)
@@ -373,11 +373,14 @@ def _pinned(members: Sequence[Member], host: Host) -> list[Member]:
 
 
 def _run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
-    """``config`` by the verifier's own path of products (``matmul``), where that combines with it."""
+    """``config`` by the verifier's own path: of products (``matmul``), where that combines with it, and of engines (``backend``)."""
     assertions = parse_claim(using).assertions if using else {}
-    if assertions.keys() - {"matmul"}:
+    if assertions.keys() - {"matmul", "backend"} or assertions.get("backend") == "vllm":
         raise UsageError(
-            f"--using {shorten(using)!r}", "only the path of products: matmul=native or matmul=fp32-rounded"
+            f"--using {shorten(using)!r}",
+            "only how replays are computed: matmul=fp32-rounded, matmul=native, backend=transformers",
         )
-    wanted = parse_config(using, config)
+    if "backend" in assertions:
+        config = on_transformers(config)
+    wanted = msgspec.structs.replace(config, matmul=assertions.get("matmul", config.matmul))
     return config if _runnable(wanted) != wanted else wanted

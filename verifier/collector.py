@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -119,7 +119,7 @@ class Collector:
         if not each.anchor or not anchor:
             return
         if member.config == each.anchor:
-            ours: Sequence[Trace] = [self._bundle.trace(each.row, trace.reference_id) for trace in traces]
+            ours: Iterable[Trace] = (self._bundle.trace(each.row, trace.reference_id) for trace in traces)
         elif weights_of(member.config) == weights_of(each.anchor):
             ours = traces
         else:

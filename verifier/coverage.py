@@ -17,6 +17,7 @@ import msgspec
 from fpforensics.common.config import ExecutionConfig, config_id
 from fpforensics.common.environment import Environment
 from fpforensics.common.errors import shorten
+from fpforensics.common.words import counted
 from fpforensics.verifier.calibrated import Calibration, Part
 from fpforensics.verifier.collector import Checked, Collector, kind_of, position_counts
 from fpforensics.verifier.decision import RowVerdict
@@ -108,9 +109,9 @@ def too_few(prompts: int, alpha: float = ALPHA) -> str:
     if LANES * least <= alpha:
         return ""
     return (
-        f"{prompts} calibration prompts: p cannot go below {least:.2g} in one lane, {min(1.0, LANES * least):.2g} over all "
+        f"{counted(prompts, 'calibration prompt')}: p cannot go below {least:.2g} in one lane, {min(1.0, LANES * least):.2g} over all "
         f"{LANES}, so nothing can be rejected at α = {alpha:g} by this profile; calibrate with at least "
-        f"{enough_prompts(alpha)} prompts"
+        f"{counted(enough_prompts(alpha), 'prompt')}"
     )
 
 
@@ -216,7 +217,8 @@ def _other_lengths(entry: Measured, tokens: tuple[int, int]) -> Iterator[str]:
     """Rounding noise grows with the context: said where it is less than half, or more than twice, what was measured."""
     (low, high), (fewest, most) = entry.prompt_tokens, tokens
     if 2 * fewest < low or most > 2 * high:
-        yield f"prompts of {fewest} to {most} tokens where {low} to {high} were measured"
+        lengths = counted(fewest, "token") if fewest == most else f"{fewest} to {most} tokens"
+        yield f"prompts of {lengths} where {low} to {high} were measured"
 
 
 def _outside(label: str, kinds: Mapping[str, str], against: frozenset[str]) -> Iterator[str]:

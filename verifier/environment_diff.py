@@ -2,7 +2,8 @@
 
 Hardware is meant to differ. Software is not: another version may round differently, and then a distance is
 not due to hardware alone. Which kernels ran follows from the hardware, from variables that somebody set, and from
-what is under test: a lie about quantization is no accident of software.
+what is under test: a lie about quantization is no accident of software. How many threads compute follows from the machine,
+whoever says it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ NOT_RUN = "not run in a prefill replay"
 
 Values = Mapping[str, str]
 _Expected = Callable[[str, str, str], bool]  # (name, prover's value, verifier's value)
+_THREADS = frozenset({"threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS"})
 _DECODE, _PRODUCTS, _STEPS = "attention (decode)", "matmul_operators", "batch_schedule"
 # What a field of the config decides, beside what it says itself.
 _DECIDED_BY: Mapping[str, tuple[str, ...]] = {
@@ -81,6 +83,7 @@ def compare_environments(
     ours, theirs = _hardware(prover, prover_facts), _hardware(verifier, verifier_facts)
     hardware = tuple(_compare("hardware", ours, theirs, lambda *_: True))
     other_machine = any(ours[name] != theirs[name] for name in ("device", "gpu", "cpu"))
+    other_threads = other_machine or ours["cpu_count"] != theirs["cpu_count"]
     other_device = ours["device"] != theirs["device"]
     software = _compare(
         "software",
@@ -101,10 +104,17 @@ def compare_environments(
         "kernels",
         ran,
         replayed,
-        lambda name, ours, theirs: other_machine or (partial and _only_decode_differs(name, ours, theirs)),
+        lambda name, ours, theirs: (
+            other_machine
+            or (other_threads and name in _THREADS)
+            or (partial and _only_decode_differs(name, ours, theirs))
+        ),
         decided,
     )
-    return (*hardware, *software, *kernels, *_compare("kernels", prover.variables, verifier.variables))
+    set_here = _compare(
+        "kernels", prover.variables, verifier.variables, lambda name, *_: other_threads and name in _THREADS
+    )
+    return (*hardware, *software, *kernels, *set_here)
 
 
 def mismatches(differences: tuple[Difference, ...]) -> tuple[Difference, ...]:

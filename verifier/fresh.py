@@ -14,6 +14,7 @@ import numpy as np
 
 from fpforensics.common.documents import BUILTIN, Document, read_documents
 from fpforensics.common.errors import EvidenceError, UsageError, shorten
+from fpforensics.common.words import counted
 from fpforensics.prover.session import SessionPlan, make_references
 from fpforensics.verifier.intake import VerifiedBundle
 
@@ -47,7 +48,7 @@ def excerpts(plan: SessionPlan) -> tuple[tuple[str, str], ...]:
         room = len(document.text) - wanted
         if room < _LEAST_ROOM:
             raise UsageError(
-                f"{plan.references} prompts of {plan.prompt_tokens} tokens from the built-in corpus cannot be fresh",
+                f"{counted(plan.references, 'prompt')} of {counted(plan.prompt_tokens, 'token')} from the built-in corpus cannot be fresh",
                 "ask for fewer, give longer texts of your own (--prompts), or take the same ones each time (--same-prompts)",
             )
         start = int(rng.integers(0, room + 1))

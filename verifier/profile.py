@@ -148,7 +148,9 @@ def read_profile(data: bytes, what: str) -> Profile:
 def require_format(found: int, what: str) -> None:
     """Raise :class:`EvidenceError` for a format of another version."""
     if found != FORMAT:
-        raise EvidenceError(f"{what} has format {found}", f"this version reads format {FORMAT}")
+        raise EvidenceError(
+            f"{what} has format {found}, this version reads format {FORMAT}", "calibrate again with this version"
+        )
 
 
 def require_pools(pools: Sequence[Pool], what: str, *, margins: bool = True) -> None:

@@ -48,8 +48,8 @@ class Recorder(Collector):
             traces = replay.traces.get(each.row.config_id)
             if traces is None:
                 continue
-            ours = [self._bundle.trace(each.row, trace.reference_id) for trace in traces]
-            found = [early_rows(*pair) for pair in zip(ours, traces, strict=True)]
+            # One of the bundle's traces at a time: together they may be larger than memory.
+            found = [early_rows(self._bundle.trace(each.row, trace.reference_id), trace) for trace in traces]
             if member.config == each.anchor:
                 self._anchored[each.label] = found
             if (each.label, member.id) in self._distances:

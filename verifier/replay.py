@@ -72,6 +72,25 @@ def anchor_of(config: ExecutionConfig) -> ExecutionConfig | None:
     )
 
 
+def on_transformers(config: ExecutionConfig) -> ExecutionConfig:
+    """What transformers runs in place of a config of vLLM: the same weights and dtype, sdpa, ranks as partial sums.
+
+    What is left out (which of vLLM's kernels, batch, graphs, a quantized KV cache) is not told apart by such a replay. Formats that
+    only vLLM multiplies stay as they are, and are refused as anywhere.
+    """
+    _, quantization = weights_of(config)
+    if config.backend != "vllm" or quantization not in WEIGHT_ONLY:
+        return config
+    return ExecutionConfig(
+        model=config.model,
+        revision=config.revision,
+        weights_digest=config.weights_digest,
+        dtype=config.dtype,
+        quantization=quantization,
+        emulate_tensor_parallel=config.tensor_parallel if quantization == "none" else 1,
+    )
+
+
 def weights_of(config: ExecutionConfig) -> tuple[str, Quantization]:
     """(model, quantization): configs of the same pair multiply by the same numbers."""
     return config.model, OTHER_KERNELS.get(config.quantization, config.quantization)

@@ -26,6 +26,7 @@ from fpforensics.common.errors import Error, EvidenceError, LimitError, shorten
 from fpforensics.common.evidence import PAYLOAD_TYPE, STATEMENT_TYPE, VERDICT_TYPE, Evidence, Subject, TraceEntry
 from fpforensics.common.keys import Keyring, PrivateKey, PublicKey
 from fpforensics.common.strict import Limits, decode_json
+from fpforensics.common.words import counted
 from fpforensics.verifier.check import CheckPlan, CheckResult
 
 MAX_PAYLOAD_BYTES = 5 << 20
@@ -89,7 +90,7 @@ def require_signable(evidence: Evidence, plan: CheckPlan) -> None:
     size = distances_bytes(evidence, plan)
     if size > MAX_PAYLOAD_BYTES:
         raise LimitError(
-            f"{len(evidence.rows)} rows, {len(evidence.references)} references and this lineup make a verdict of about "
+            f"{counted(len(evidence.rows), 'row')}, {counted(len(evidence.references), 'reference')} and this lineup make a verdict of about "
             f"{size} bytes, at most {MAX_PAYLOAD_BYTES} are signed",
             _WAY_OUT,
         )

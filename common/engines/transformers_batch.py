@@ -8,6 +8,7 @@ import numpy as np
 
 from fpforensics.common.errors import UsageError
 from fpforensics.common.signals import PHASES, Array, CapturePlan, Forcing, Reference
+from fpforensics.common.words import counted
 
 
 def with_neighbours(ids: Array, batch_size: int, vocab_size: int) -> Array:
@@ -64,7 +65,7 @@ def check_forcing(forcing: Forcing, vocab_size: int) -> None:
             )
         if claimed.ndim != 2 or len(claimed) != len(positions):
             raise UsageError(
-                f"{reference.id} claims ids of shape {claimed.shape} at {len(positions)} {phase} positions",
+                f"{reference.id} claims ids of shape {claimed.shape} at {counted(len(positions), f'{phase} position')}",
                 "give one row of ids for each position",
             )
         _check_ids(claimed, vocab_size, f"the claimed {phase} ids of {reference.id}")

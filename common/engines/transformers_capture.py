@@ -17,6 +17,7 @@ from torch import nn
 from fpforensics.common.engines.rows import require_finite
 from fpforensics.common.errors import ReplayError
 from fpforensics.common.signals import Array, CapturePlan, Phase, PhaseTrace
+from fpforensics.common.words import counted
 
 _ROWS_AT_ONCE = 64
 
@@ -169,7 +170,9 @@ class PhaseRecorder:
     def finish(self, reference_id: str) -> PhaseTrace:
         """Everything on the host. Raises :class:`ReplayError` naming the first row that is not finite."""
         if self._done != len(self.positions):
-            raise ReplayError(f"{reference_id}: {self._done} of {len(self.positions)} {self.phase} positions ran", "")
+            raise ReplayError(
+                f"{reference_id}: {self._done} of {counted(len(self.positions), f'{self.phase} position')} ran", ""
+            )
         hidden = {block: to_numpy(torch.cat(rows)) for block, rows in self._hidden.items()}
         keys = {block: to_numpy(torch.cat(rows)) for block, rows in self._keys.items()}
         empty = np.zeros((0, self._plan.top_k if self._claimed_MK is None else self._claimed_MK.shape[1]))

@@ -16,6 +16,7 @@ from fpforensics.common.errors import shorten
 from fpforensics.common.lab.document import TokenId, TopDoc
 from fpforensics.common.lab.run import Layered, Place, Ranked, RunSignals, Vectors
 from fpforensics.common.signals import Signal
+from fpforensics.common.words import counted
 
 _floats = msgspec.json.Decoder(list[float])
 _ids = msgspec.json.Decoder(list[TokenId])
@@ -80,7 +81,9 @@ def _vectors(rows: list[tuple[str, Place, msgspec.Raw]]) -> Vectors:
             pack = struct.Struct(f"{width}d")  # several times as fast as assigning a list to an array
         if len(numbers) != width or not width:
             raise WrongError(
-                f"{where}: {len(numbers)} values, {width} in {rows[0][0]}" if width else f"{where}: no values"
+                f"{where}: {counted(len(numbers), 'value')}, {width} in {rows[0][0]}"
+                if width
+                else f"{where}: no values"
             )
         pack.pack_into(values.data, 8 * width * index, *numbers)
     return Vectors(tuple(place for _, place, _ in rows), values)

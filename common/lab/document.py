@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 from fpforensics.common.errors import did_you_mean, shorten
 from fpforensics.common.lab.run import Place, Ranked, RunSignals, Vectors
 from fpforensics.common.signals import Signal
+from fpforensics.common.words import counted
 
 DEFAULT_REFERENCE = "ref_0"
 MAX_CONFIGURATIONS = 1024
@@ -117,7 +118,7 @@ def unlike(first: RunSignals, run: RunSignals, where: str, there: str) -> str:
         if ours is None or theirs is None:
             return f"{where}.{name}: {'missing' if ours is None else 'given'}, unlike in {there}"
         if isinstance(ours, Vectors) and isinstance(theirs, Vectors) and ours.values.shape[1] != theirs.values.shape[1]:
-            return f"{where}.{name}: {ours.values.shape[1]} values, {theirs.values.shape[1]} in {there}"
+            return f"{where}.{name}: {counted(ours.values.shape[1], 'value')}, {theirs.values.shape[1]} in {there}"
         # Up to where the shorter one ends: after tokens diverged, a run may stop at another step.
         steps = min(ours.places[-1][0], theirs.places[-1][0])
         here, other = ([place for place in each.places if place[0] <= steps] for each in (ours, theirs))

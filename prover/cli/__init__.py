@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fpforensics.common.cli import LazyGroup, completion_command
+from fpforensics.common.cli import LazyGroup, completion_command, variables_help
 from fpforensics.common.cli import run as run_program  # `run` is a module of this package
 
 COMMANDS = {
@@ -27,7 +27,7 @@ completion = completion_command("prover")
     cls=LazyGroup,
     lazy=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Every option has an environment variable: PROVER_RUN_KEY is `prover run --key`.",
+    epilog=variables_help("prover", "run"),
 )
 @click.version_option(package_name="fpforensics", prog_name="prover")
 def cli() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fpforensics.common.cli import LazyGroup, completion_command, run
+from fpforensics.common.cli import LazyGroup, completion_command, run, variables_help
 
 COMMANDS = {
     "keygen": ("fpforensics.prover.cli.keygen:verifier_keygen", "Make the key that signs verdicts."),
@@ -32,7 +32,7 @@ completion = completion_command("verifier")
     lazy=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 CONSISTENT, 1 INCONSISTENT, 3 INCONCLUSIVE, 2 usage, 4 untrusted or malformed evidence, "
-    "5 the replay failed. Every option has an environment variable: VERIFIER_CHECK_KEY is `verifier check --key`.",
+    f"5 the replay failed. {variables_help('verifier', 'check')}",
 )
 @click.version_option(package_name="fpforensics", prog_name="verifier")
 def cli() -> None:

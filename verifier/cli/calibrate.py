@@ -44,11 +44,12 @@ def calibrate(
     this verifier's. To reject at 1 % it takes 299 different prompts for each config; what comes out says if there are fewer.
 
     \b
-    prover run --key prover.key -o honest.msgpack --references 300 --prompt-tokens 64 \\
-        --config attn=sdpa --config attn=eager
-    verifier calibrate honest.msgpack --key prover.key.pub --sign verifier.key -o profile.json
-    verifier check bundle.msgpack --key prover.key.pub --claim attn=sdpa \\
-        --profile profile.json --profile-key verifier.key.pub
+    prover run --key prover.key -o honest.msgpack --references 304 --prompt-tokens 64 --prefill-positions 64 \\
+        --new-tokens 4 --config attn=sdpa --config attn=eager
+    verifier calibrate honest.msgpack --key prover.key.pub --sign verifier.key -o profile.json --replay prefill \\
+        --lineup attn=eager --lineup attn=sdpa
+    verifier check bundle.msgpack --key prover.key.pub --claim attn=sdpa --replay prefill \\
+        --lineup attn=eager --lineup attn=sdpa --profile profile.json --profile-key verifier.key.pub
 
     What a profile says and what it holds for: docs/calibration.md.
     """

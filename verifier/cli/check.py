@@ -14,7 +14,7 @@ from fpforensics.common.cli_specs import SpecCommand, complete_lineup, complete_
 from fpforensics.common.errors import shorten
 
 if TYPE_CHECKING:
-    from fpforensics.common.keys import PrivateKey
+    from fpforensics.common.keys import Keyring, PrivateKey
     from fpforensics.verifier.check import CheckPlan, CheckResult
     from fpforensics.verifier.measured import MeasuredProfile
     from fpforensics.verifier.verdict import VerifiedVerdict
@@ -66,11 +66,17 @@ def profile_options(command: F) -> F:
 
 
 def read_profile_options(
-    path: Path | None, keys: tuple[Path, ...], own: PrivateKey | None = None
+    path: Path | None,
+    keys: tuple[Path, ...],
+    own: PrivateKey | None = None,
+    *,
+    provers: Keyring,
+    provers_option: str = "--key",
 ) -> MeasuredProfile | None:
     """The profile of :func:`profile_options`, before any replay; ``own`` is trusted where no key is named.
 
-    Provers' keys are not: whoever is judged must not say what honest evidence is.
+    ``provers`` are the keys that evidence is signed with, given by ``provers_option``. Raises :class:`UsageError` if one of them
+    is trusted for the profile too: whoever is judged must not say what honest evidence is.
     """
     from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring
@@ -85,7 +91,15 @@ def read_profile_options(
             "--profile without --profile-key",
             "whose calibration do you trust? give the public key that it is signed with",
         )
-    return load_profile(path, Keyring.from_paths(keys) if keys or own is None else Keyring([own.public]))
+    trusted = Keyring.from_paths(keys) if keys or own is None else Keyring([own.public])
+    for each in trusted:
+        if provers.get(each.keyid) is not None:
+            source = "--profile-key" if keys else "the key that signs here"
+            raise UsageError(
+                f"key {each.keyid[:16]}… is a prover's ({provers_option}) and calibrates too ({source})",
+                "whoever is judged must not say what honest evidence is: sign profiles with a verifier's key (see verifier keygen)",
+            )
+    return load_profile(path, trusted)
 
 
 def output_options(command: F) -> F:
@@ -161,11 +175,13 @@ def check(
     require_outputs(html, png, verdict_path, inputs=(bundle, sign, profile, *keys, *profile_key))
     require_renderers(html, png)
     signing_key = load_signing_key(sign, verdict_path)
-    plan = msgspec.structs.replace(plan, profile=read_profile_options(profile, profile_key, signing_key))
+    keyring = Keyring.from_paths(keys)
+    measured = read_profile_options(profile, profile_key, signing_key, provers=keyring)
+    plan = msgspec.structs.replace(plan, profile=measured)
     if nonce is not None and len(nonce) < MIN_NONCE_DIGITS:
         raise UsageError(f"nonce {shorten(nonce)!r}", f"a challenge has at least {MIN_NONCE_DIGITS} hex digits")
     host = make_host(device, python, env, model_paths)
-    with open_bundle(bundle, Keyring.from_paths(keys), expected_nonce=nonce) as verified, progress_bar(quiet) as report:
+    with open_bundle(bundle, keyring, expected_nonce=nonce) as verified, progress_bar(quiet) as report:
         if signing_key is not None:
             require_signable(verified.evidence, plan)
         # All of it before any replay: damaged evidence is not worth minutes of computing.

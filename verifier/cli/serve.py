@@ -61,15 +61,15 @@ def serve(
     from fpforensics.verifier.service import VerifierConfig, serve_verifier
 
     parse_config(using)
-    signing_key = load_private(key)
+    signing_key, provers = load_private(key), Keyring.from_paths(trust)
     config = VerifierConfig(
         key=signing_key,
-        keyring=Keyring.from_paths(trust),
+        keyring=provers,
         store=store,
         listen=make_listen(listen),
         host=make_host(device, python, env, model_paths),
         using=using,
-        profile=read_profile_options(profile, profile_key, signing_key),
+        profile=read_profile_options(profile, profile_key, signing_key, provers=provers, provers_option="--trust"),
         require_challenge=require_challenge,
         max_seconds=max_seconds,
     )

@@ -123,7 +123,8 @@ def session(
     if server and (profile or profile_key):
         raise UsageError("--profile with --server", "the server's operator chooses what it decides by")
     signing_key = None if server else load_signing_key(sign, verdict_path)
-    plan = msgspec.structs.replace(plan, profile=read_profile_options(profile, profile_key, signing_key))
+    measured = read_profile_options(profile, profile_key, signing_key, provers=keyring)
+    plan = msgspec.structs.replace(plan, profile=measured)
     with_texts(
         make_session_plan(options, "00"), fresh=fresh
     )  # what makes no sense is said before the prover is asked anything

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fpforensics.common.errors import EvidenceError, UsageError
 from fpforensics.common.signals import Array
+from fpforensics.common.words import counted
 from fpforensics.verifier.compare.result import (
     ChosenTokenError,
     DistributionDivergence,
@@ -68,7 +69,10 @@ def measure(positions: Array, logits_a: Array, logits_b: Array) -> RowMeasures:
     if logits_a.shape != logits_b.shape or logits_a.ndim != 2 or 0 in logits_a.shape:
         raise UsageError(f"logits of shapes {logits_a.shape} and {logits_b.shape}", "two of (M, V) are compared")
     if positions.shape != logits_a.shape[:1]:
-        raise UsageError(f"{len(positions)} positions for {len(logits_a)} rows of logits", "give one for each row")
+        raise UsageError(
+            f"{counted(len(positions), 'position')} for {counted(len(logits_a), 'row')} of logits",
+            "give one for each row",
+        )
     return join(
         [_measure_block(positions[block], logits_a[block], logits_b[block]) for block in _blocks(logits_a.shape)]
     )

@@ -16,6 +16,7 @@ from fpforensics.common.errors import UsageError, did_you_mean, shorten
 from fpforensics.common.evidence import Row, Tensor, TraceEntry
 from fpforensics.common.manifest import phase_tensors
 from fpforensics.common.signals import PHASES, Array, Forcing, Phase
+from fpforensics.common.words import counted
 from fpforensics.verifier.compare.result import DecodeSkipped
 from fpforensics.verifier.intake import VerifiedBundle
 
@@ -182,7 +183,7 @@ def _skipped(ours: Forcing, theirs: Forcing, limit: int, prompt: int) -> DecodeS
             f"the outputs differ from token {step} on: {ours.output_ids[step]} in A, {theirs.output_ids[step]} in B"
         )
     else:
-        reason = f"the outputs have {lengths[0]} tokens in A and {lengths[1]} in B"
+        reason = f"the outputs have {counted(lengths[0], 'token')} in A and {lengths[1]} in B"
     return DecodeSkipped(first=limit, positions_a=beyond[0], positions_b=beyond[1], reason=reason)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fpforensics.common.signals import Phase, Signal
+from fpforensics.common.words import counted
 from fpforensics.verifier.decision import MAX_FLOORS, MIN_RATIO, MemberScore, RowVerdict
 from fpforensics.verifier.distance import Floats
 from fpforensics.verifier.environment_diff import mismatches
@@ -107,7 +108,7 @@ def decided(decision: PairDecision | None) -> str:
     if decision is None:
         return "—"
     if decision.verdict == "UNRESOLVED" and decision.prompts_needed:
-        return f"UNRESOLVED, {decision.prompts_needed} prompts"
+        return f"UNRESOLVED, {counted(decision.prompts_needed, 'prompt')}"
     return decision.verdict
 
 
@@ -148,19 +149,16 @@ def log_scale(values: Floats) -> Floats:
 def calibrated(row: RowVerdict) -> str:
     """The profile that a row was decided by, at which level, on how much."""
     digest = f" ({row.calibration_digest[:19]}…)" if row.calibration_digest else ""
-    return (
-        f"Calibrated by {row.calibration}{digest}; level {row.alpha:g}; {row.references} prompts, "
-        f"worth {row.positions} positions of one; p of the claim {_small(row.p_value)}"
-    )
+    worth = "" if row.positions is None else f", worth {counted(row.positions, 'position')} of one"
+    odds = "" if row.p_value is None else f"; p of the claim {row.p_value:.2g}"
+    return f"Calibrated by {row.calibration}{digest}; level {row.alpha:g}; {counted(row.references, 'prompt')}{worth}{odds}"
 
 
 def p_value(score: MemberScore) -> str:
     """How often honest evidence of this config would look like this; ``limit`` where a fixed limit rejected it."""
-    return "limit" if score.rejected and score.p_value is None else _small(score.p_value)
-
-
-def _small(value: float | None) -> str:
-    return "—" if value is None else f"{value:.2g}"
+    if score.p_value is None:
+        return "limit" if score.rejected else "not tested"
+    return f"{score.p_value:.2g}"
 
 
 def caveats(result: CheckResult) -> tuple[str, ...]:

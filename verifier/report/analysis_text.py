@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fpforensics.common.signals import Phase
+from fpforensics.common.words import counted
 from fpforensics.verifier.analysis.environment import mismatches
 from fpforensics.verifier.analysis.result import Comparison
 from fpforensics.verifier.analysis.summary import SummaryRow
@@ -43,7 +44,7 @@ def _report(study: Study) -> Iterator[str]:
     yield f"Model:      {study.model}"
     for side in study.sides:
         hardware = ", ".join(side.hardware)
-        yield f"{side.role + ':':<11} {side.name}, {len(side.source.configurations)} configs on {hardware}"
+        yield f"{side.role + ':':<11} {side.name}, {counted(len(side.source.configurations), 'config')} on {hardware}"
     yield f"Mode:       {study.mode}"
     yield from (f"⚠ {each}" for each in study.warnings)
     if study.ids_compared:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from fpforensics.common.lab.reader import Experiment
 from fpforensics.common.signals import Phase, Signal
+from fpforensics.common.words import counted
 from fpforensics.verifier.analysis import Analysis, CellAnalysis
 from fpforensics.verifier.analysis.environment import FieldComparison, Kind, compare_configurations
 from fpforensics.verifier.analysis.measure import Member
@@ -244,7 +245,7 @@ class Study:
         for signal, cell in self.analysis[phase].items():
             if cell.uncompared:
                 yield (
-                    f"{SIGNAL_TITLES[signal]}: {cell.uncompared} positions were not compared, "
+                    f"{SIGNAL_TITLES[signal]}: {counted(cell.uncompared, 'position')} not compared, "
                     "for none of the canonical ids was listed on both sides"
                 )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from fpforensics.common.words import counted
 from fpforensics.verifier.compare.result import (
     ComparedSide,
     CompareResult,
@@ -42,7 +43,7 @@ def _setup(result: CompareResult) -> Iterator[str]:
     a, b = result.a, result.b
     model = a.facts.model
     prompts = ", ".join(
-        f"{each.reference_id} ({each.prompt_tokens} tokens{', ' + each.source if each.source else ''})"
+        f"{each.reference_id} ({counted(each.prompt_tokens, 'token')}{', ' + each.source if each.source else ''})"
         for each in result.references[:4]
     )
     more = f" and {len(result.references) - 4} more" if len(result.references) > 4 else ""
@@ -118,7 +119,7 @@ _DIVERGENCE: tuple[tuple[str, Callable[[Summary], str], Callable[[Summary], str]
 _AGREEMENT: tuple[Metric, ...] = (
     (
         "Top-1 agreement",
-        lambda s: f"{_percent(s.agreement.top1_share)} ({s.agreement.top1_matches}/{s.positions} positions)",
+        lambda s: f"{_percent(s.agreement.top1_share)} ({s.agreement.top1_matches}/{counted(s.positions, 'position')})",
     ),
     (
         "Top-5 agreement",
@@ -156,7 +157,7 @@ def _reference(reference: ReferenceComparison, alone: bool) -> Iterator[str]:
 def _positions(phase: PhaseComparison) -> Iterator[str]:
     shown = phase.positions[:_MOST_POSITIONS]
     more = len(phase.positions) - len(shown)
-    rest = [f"… and {more} more positions: --json has them all"] if more else []
+    rest = [f"… and {counted(more, 'more position')}: --json has them all"] if more else []
     yield from _subheading("Per-position logit breakdown")
     yield from tables.columns([_RAW_HEADS, *(_raw_row(each) for each in shown)], ">>>>>")
     yield from rest

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fpforensics.common.errors import MissingDependencyError
+from fpforensics.common.words import counted
 from fpforensics.verifier.matrix import Table
 from fpforensics.verifier.report import SIGNAL_TITLES, clean, decided, distance, fixed, floors, log_scale, snr
 
@@ -81,6 +82,12 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"distance": distance, "fixed": fixed, "floors": floors, "breakable": breakable}
+    environment.filters |= {
+        "distance": distance,
+        "fixed": fixed,
+        "floors": floors,
+        "breakable": breakable,
+        "counted": counted,
+    }
     environment.globals |= {"titles": SIGNAL_TITLES, "snr": snr, "decided": decided}
     return environment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fpforensics.common.words import counted
 from fpforensics.verifier.coverage import enough_prompts, too_few
 from fpforensics.verifier.lanes import ALPHA, LANES
 from fpforensics.verifier.measured import QUANTILES, Measured, MeasuredProfile
@@ -26,7 +27,7 @@ def render_built_in(profile: Profile) -> str:
 def _measured(profile: MeasuredProfile, brief: bool) -> Iterator[str]:
     content = profile.content
     yield clean(
-        f"{content.name}: {len(content.measured)} calibrations, {content.created_at}, fpforensics {content.tool_version}"
+        f"{content.name}: {counted(len(content.measured), 'calibration')}, {content.created_at}, fpforensics {content.tool_version}"
     )
     yield _field("digest", profile.digest)
     yield _field("signed by", profile.signer.keyid)
@@ -45,12 +46,13 @@ def _entry(each: Measured) -> Iterator[str]:
     yield _field("prover", scope.prover.hardware)
     yield _field("verifier", f"{scope.verifier.hardware}; replays by {scope.mode}, products {scope.matmul}")
     low, high = each.prompt_tokens
-    yield _field(
-        "prompts", f"{each.prompts}, of {low} to {high} tokens; {each.decode_share:.0%} of the positions generated ones"
-    )
+    lengths = counted(low, "token") if low == high else f"{low} to {high} tokens"
+    yield _field("prompts", f"{each.prompts}, of {lengths}; {each.decode_share:.0%} of the positions generated ones")
     yield _field("rivals", ", ".join(each.rivals) or "none: the lineup lane cannot reject")
     if each.rivals:
-        yield _field("nearest", f"in {each.nearest} of {each.prompts} prompts the own config is, over all positions")
+        yield _field(
+            "nearest", f"in {each.nearest} of {counted(each.prompts, 'prompt')} the own config is, over all positions"
+        )
         if 2 * each.nearest < each.prompts:
             yield "  !! another config lies nearer in most prompts: was this really run as declared?"
     yield from _pools(each.pools)
@@ -88,7 +90,7 @@ def _built_in(profile: Profile) -> Iterator[str]:
     yield _field("attention", ", ".join(profile.attentions))
     yield _field("quantization", ", ".join(profile.quantizations))
     yield from _pools(profile.pools)
-    yield f"  {enough_prompts()} prompts are needed to reject at α = {ALPHA:g} in one of {LANES} lanes"
+    yield f"  {counted(enough_prompts(), 'prompt')} are needed to reject at α = {ALPHA:g} in one of {LANES} lanes"
 
 
 def _quantile(share: float) -> str:

@@ -91,14 +91,14 @@ def _scores(row: RowVerdict) -> Iterator[str]:
     yield ""
     if row.calibration:
         yield f"  {calibrated(row)}"
-    odds = f"{'p':>10}" if row.calibration else ""
-    yield f"  {'Member':<{side}}{'Claim':>13}{'Noise floors':>14}{'Nearest in':>12}{odds}"
+    odds = f"{'p, early layers':>17}" if row.calibration else ""
+    yield f"  {'Member':<{side}}{'Claim':>13}{'Noise floors, all layers':>26}{'Nearest in':>12}{odds}"
     for score in row.scores:
         amount = "identical" if score.bit_identical else floors(score.floors)
         share = f"{score.nearest_in} of {row.references}"
-        holds = "holds" if score.fits else "contradicted"
-        odds = f"{p_value(score):>10}" if row.calibration else ""
-        yield f"  {score.id:<{side}}{holds:>13}{amount:>14}{share:>12}{odds}"
+        fits = "fits" if score.fits else "contradicts"
+        odds = f"{p_value(score):>17}" if row.calibration else ""
+        yield f"  {score.id:<{side}}{fits:>13}{amount:>26}{share:>12}{odds}"
 
 
 def _environment(differences: Sequence[Difference]) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _environment(differences: Sequence[Difference]) -> Iterator[str]:
     groups = (
         ("Critical dependencies:", [each for each in differences if each not in hardware and each not in tested]),
         ("What the claim or the lineup is about:", tested),
-        ("Expected differences (hardware, replay mode):", hardware),
+        ("Expected differences (hardware, thread count, replay mode):", hardware),
     )
     for title, group in groups:
         if group:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from assets.generate import FOLDER, GOLDEN
 from click.testing import CliRunner
@@ -50,7 +51,7 @@ def test_everything_a_person_asks_for_is_shown() -> None:
         "prefill: aten::none",
         "2, bit-identical",
         "1.50, 2.50 s (mean 2.00 s, variance 0.5 s²)",
-        "6 prompt tokens, 4, 4 generated",
+        "6 prompt tokens, 4 generated each",
         "hidden_states: layers 1, last; 3 positions; bf16",
         "logprobs: 2 positions; f32",
         "every digest fits",
@@ -58,6 +59,13 @@ def test_everything_a_person_asks_for_is_shown() -> None:
         "host         nowhere",
     ):
         assert shown in text
+
+
+def test_generated_tokens_are_one_number_or_a_range() -> None:
+    summary = summarize(PATH, TRUSTING)
+    for counts, said in (((4,), "4 generated"), ((1, 4, 2), "1 to 4 generated"), ((2, 2, 2), "2 generated each")):
+        reference = msgspec.structs.replace(summary.references[0], output_tokens=counts)
+        assert said in render_text(msgspec.structs.replace(summary, references=(reference,)))
 
 
 def test_json_holds_the_same(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from service_world import chunks_of, open_channel
 
 from fpforensics.common import errors
 from fpforensics.common.access import Listen
@@ -33,13 +34,6 @@ from fpforensics.proto import evidence_pb2_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Prover"].full_name
 ERRORS = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Error)]
-
-
-def chunks_of(*pieces: bytes) -> Iterator[pb.Chunk]:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-        yield pb.Chunk(data=piece, running_sha256=digest.digest())
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7])
@@ -105,7 +99,7 @@ def failing() -> Iterator[tuple[Failing, Any]]:
     add: Any = evidence_pb2_grpc.add_ProverServicer_to_server
     with (
         start_server(Listen(), lambda server: add(servicer, server), SERVICE) as server,
-        grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.enable_http_proxy", 0)]) as channel,
+        open_channel(server.port) as channel,
     ):
         yield servicer, evidence_pb2_grpc.ProverStub(channel)
 
@@ -213,7 +207,7 @@ def test_nobody_there_is_unavailable(failing: tuple[Failing, Any]) -> None:
     add: Any = evidence_pb2_grpc.add_ProverServicer_to_server
     server: RunningServer = start_server(Listen(), lambda it: add(Failing(), it), SERVICE)
     server.stop(grace=0)
-    with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.enable_http_proxy", 0)]) as channel:
+    with open_channel(server.port) as channel:
         stub: Any = evidence_pb2_grpc.ProverStub(channel)  # type: ignore[no-untyped-call]
         with pytest.raises(UnavailableError), translated():
             stub.Describe(pb.DescribeRequest(), timeout=10)
@@ -257,3 +251,8 @@ def test_a_failed_connection_comes_with_a_fitting_way_out(details: str, hint: st
     assert type(error) is UnavailableError
     assert error.message.startswith("no connection to the server")
     assert hint in error.hint
+
+
+def test_only_rpc_failures_are_translated() -> None:
+    with pytest.raises(ZeroDivisionError), translated():
+        _ = 1 / 0

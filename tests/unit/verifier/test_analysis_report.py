@@ -94,7 +94,7 @@ def test_one_file_is_told_whole(tmp_path: Path) -> None:
     ]
     for said in (
         "A_bs1 and A_bs4 diverged at step 2 on ref_0: no decode distance",
-        "Logprobs: 18 positions were not compared, for none of the canonical ids was listed on both sides",
+        "Logprobs: 18 positions not compared, for none of the canonical ids was listed on both sides",
     ):
         assert f"  {said}" in lines and said in shown
     # B_bs4 was not run on ref_1, and B lists none of A's tokens on ref_0 of prefill.

@@ -258,7 +258,7 @@ def test_a_prompt_counts_once_however_often_it_comes(world: World) -> None:
     (entry,) = made.content.measured
     assert entry.prompts == 8
     assert all((pool.prompts, len(pool.floors)) == (8, 8 * min(8, 16 // pool.positions)) for pool in entry.pools)
-    assert any("2 prompts came before and count once" in remark for remark in made.remarks)
+    assert any("2 prompts came before, counted once" in remark for remark in made.remarks)
     repeated = drawn_world.references(4, 50)
     repeated += [msgspec_copy(repeated[0], "ref_4")]
     path = drawn_world.write_bundle(world.folder / "again", PROVER, world.checkpoint, repeated, (SDPA, SDPA))

@@ -18,6 +18,7 @@ from fpforensics.verifier.check import CheckPlan
 from fpforensics.verifier.cli import main
 
 Run = Callable[..., tuple[object, str, str]]
+PROVERS = f"key {rpc_world.PROVER_KEY.keyid[:16]}… is a prover's"
 SIGNED = ("--key", "prover.key.pub", "--sign", "verifier.key", "-o", "profile.json")
 
 
@@ -82,7 +83,17 @@ def test_calibrate_refuses_before_it_replays(
         (["--profile-key", "verifier.key.pub"], 2, "--profile-key without --profile"),
         (["--profile", "nosuch.json", "--profile-key", "verifier.key.pub"], 2, "no profile nosuch.json"),
         (["--profile", "made.json", "--profile-key", "stranger.key.pub"], 4, "profile made.json: no trusted key"),
-        (["--profile", "made.json", "--profile-key", "prover.key.pub"], 4, "profile made.json: no trusted key"),
+        (
+            ["--profile", "made.json", "--profile-key", "prover.key.pub"],
+            2,
+            f"{PROVERS} (--key) and calibrates too (--profile-key)",
+        ),
+        (["--profile", "made.json", "--profile-key", "verifier.key.pub", "--profile-key", "."], 2, PROVERS),
+        (
+            ["--profile", "made.json", "--key", "verifier.key.pub", "--sign", "verifier.key", "--verdict", "v.json"],
+            2,
+            "calibrates too (the key that signs here)",
+        ),
         (["--profile", "bundle.msgpack", "--profile-key", "verifier.key.pub"], 4, "profile bundle.msgpack: "),
         (["--profile", "made.json", "--profile-key", "verifier.key.pub", "--html", "made.json"], 2, "is an input"),
         (["--profile", "made.json", "--sign", "stranger.key", "--verdict", "v.json"], 4, "no trusted key"),
@@ -134,6 +145,16 @@ def test_serve_trusts_its_own_calibration(verifier: Run, monkeypatch: pytest.Mon
     assert configs[0].profile is not None and configs[0].profile.content.name == "lab"
     code, _, error = verifier(*common, "--key", "stranger.key")
     assert code == 4 and "profile made.json: no trusted key" in error
+
+
+def test_a_prover_may_not_calibrate_for_sessions_and_servers_either(verifier: Run) -> None:
+    profile = ("--profile", "made.json", "--profile-key", "prover.key.pub")
+    for command, option in (
+        (("session", "--prover", "127.0.0.1:1", "--key", "prover.key.pub", "-o", "b.msgpack"), "--key"),
+        (("serve", "--key", "verifier.key", "--trust", "prover.key.pub", "--store", "store"), "--trust"),
+    ):
+        code, _, error = verifier(*command, *profile)
+        assert code == 2 and f"{PROVERS} ({option})" in error and "sign profiles with a verifier's key" in error
 
 
 def test_profile_shows_what_it_holds(verifier: Run) -> None:

@@ -68,7 +68,7 @@ def test_bit_identical_to_a_contradicting_member_alone_is_inconsistent() -> None
 def test_further_than_rounding_explains_is_inconsistent_even_if_nothing_fits_better() -> None:
     row = decide(member("claimed", True, 20), member("eager", False, 400))
     assert row.verdict == "INCONSISTENT"
-    assert "20.00 noise floors, limit 2" in row.reasons[0]
+    assert "20.00 noise floors over all layers, limit 2" in row.reasons[0]
     assert len(row.reasons) == 1
     named = decide(member("claimed", True, 20), member("nf4", False, 1))
     assert "nf4, which contradicts the claim, fits better: claimed is 20.00 times as far" in named.reasons[1]

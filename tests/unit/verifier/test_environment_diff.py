@@ -79,6 +79,19 @@ def test_a_variable_that_somebody_set_is_unexpected_on_any_hardware() -> None:
     assert [(each.name, each.prover, each.verifier) for each in found] == [("ATEN_CPU_CAPABILITY", ABSENT, "default")]
 
 
+def test_another_machine_has_another_number_of_threads() -> None:
+    prover = change(A100, variables={"OMP_NUM_THREADS": "64"})
+    ran, replayed = (change(FACTS, numerics={"threads": count}) for count in ("64", "2"))
+    for machine in ({"cpu": "Intel Xeon"}, {"cpu_count": 2}):
+        other = change(A100, variables={"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}, **machine)
+        found = {each.name: each for each in compare_environments(prover, ran, other, replayed)}
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "threads"):
+            assert not found[name].equal and found[name].expected
+    same = change(A100, variables={"OMP_NUM_THREADS": "2"})
+    found_here = mismatches(compare_environments(prover, ran, same, replayed))
+    assert [each.name for each in found_here] == ["threads", "OMP_NUM_THREADS"]
+
+
 def test_a_cpu_has_other_builds_and_no_gpu_libraries() -> None:
     laptop = change(A100, gpus=(), driver="", packages={"torch": "2.9.1"})
     facts = change(FACTS, device="cpu", gpu="", versions={"torch": "2.9.1+cpu"})

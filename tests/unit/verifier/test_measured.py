@@ -102,6 +102,15 @@ def test_a_signed_profile_that_makes_no_sense_is_refused(change: Any, told: str)
         open_profile(signed_anyway(change), TRUSTED)
 
 
+def test_a_profile_of_another_version_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_bytes(signed_anyway(_in("format")(0)))
+    with pytest.raises(EvidenceError) as refused:
+        load_profile(path, TRUSTED)
+    assert "old.json: the profile has format 0, this version reads format 1" in refused.value.message
+    assert refused.value.hint == "calibrate again with this version"
+
+
 def test_without_rivals_there_are_no_margins() -> None:
     def alone(payload: dict[str, Any]) -> None:
         payload["predicate"]["measured"][0]["rivals"] = []

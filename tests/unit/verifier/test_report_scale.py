@@ -101,6 +101,7 @@ def test_a_calibrated_row_shows_its_p_values() -> None:
         msgspec.structs.replace(score, p_value=p, rejected=p is None or p < 0.01)
         for score, p in zip(first.scores, (1.0, 0.0083, None, *[1.0] * len(first.scores)), strict=False)
     )
+    scores = (*scores[:-1], msgspec.structs.replace(scores[-1], p_value=None, rejected=False))
     row = msgspec.structs.replace(
         first, scores=scores, calibration="the profile", alpha=0.01, p_value=0.7, positions=16
     )
@@ -110,4 +111,14 @@ def test_a_calibrated_row_shows_its_p_values() -> None:
         assert "p of the claim 0.7" in shown
         assert "0.0083" in shown
         assert "limit" in shown
-    assert "Calibrated by" not in text.render(result)
+        assert "not tested" in shown and "p —" not in shown and "claim —" not in shown
+        assert "Noise floors, all layers" in shown and "p, early layers" in shown
+    single = msgspec.structs.replace(row, references=1, positions=1, p_value=None)
+    assert "level 0.01; 1 prompt, worth 1 position of one" in text.render(
+        msgspec.structs.replace(calibrated, rows=(single, *rest))
+    )
+    for shown in (text.render(result), html.render(result)):
+        assert "Calibrated by" not in shown and "not tested" not in shown and "early layers</th>" not in shown
+        assert (
+            "Noise floors, all layers" in shown and "noise floors from" in shown and "over all layers, within" in shown
+        )

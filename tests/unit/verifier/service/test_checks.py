@@ -16,10 +16,10 @@ from rpc_world import (
     STRANGER_KEY,
     write_bundle,
 )
+from service_world import Leave, is_serving
 from verifier_world import (
     VERIFIERS,
     Checker,
-    is_serving,
     raw,
 )
 
@@ -42,7 +42,7 @@ from fpforensics.verifier import verdict as verdicts
 from fpforensics.verifier.auditor import AuditorClient
 from fpforensics.verifier.check import CheckPlan
 from fpforensics.verifier.client import VerifierClient
-from fpforensics.verifier.service import VerifierConfig, serve_verifier
+from fpforensics.verifier.service import SERVICE, VerifierConfig, serve_verifier
 from fpforensics.verifier.verdict import open_verdict
 
 # --- checks ---
@@ -77,7 +77,7 @@ def test_a_hostile_check_is_refused(
     with raw(server.port) as stub, pytest.raises(error), translated():
         list(stub.Check(pb.CheckRequest(**fields), timeout=30))
     assert checker.plans == []
-    assert is_serving(server)
+    assert is_serving(server, SERVICE)
 
 
 def test_a_failed_check_leaves_no_verdict(
@@ -95,10 +95,6 @@ def test_a_failed_check_leaves_no_verdict(
     checker.error = None
     client.check(digest, CheckPlan())
     assert [verdict.predicate.sequence for verdict in auditor.list()] == [1]
-
-
-class Leave(Exception):  # noqa: N818
-    """The caller has had enough."""
 
 
 def test_a_caller_who_leaves_gets_no_verdict(

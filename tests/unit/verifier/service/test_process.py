@@ -17,9 +17,9 @@ import pytest
 from rpc_world import (
     write_bundle,
 )
+from service_world import WIDE
 from verifier_world import (
     VERIFIERS,
-    WIDE,
     header,
     kept,
     raw,

@@ -16,14 +16,13 @@ from rpc_world import (
     STRANGER_KEY,
     write_bundle,
 )
+from service_world import WIDE, is_serving
 from verifier_world import (
     VERIFIERS,
-    WIDE,
     Checker,
     assert_refused,
     eventually,
     header,
-    is_serving,
     kept,
     raw,
     upload,
@@ -43,7 +42,7 @@ from fpforensics.proto.evidence_pb2 import Chunk
 from fpforensics.verifier.auditor import AuditorClient
 from fpforensics.verifier.check import CheckPlan
 from fpforensics.verifier.client import VerifierClient
-from fpforensics.verifier.service import MAX_UPLOADS, VerifierConfig, serve_verifier
+from fpforensics.verifier.service import MAX_UPLOADS, SERVICE, VerifierConfig, serve_verifier
 from fpforensics.verifier.verdict import open_verdict
 
 # --- the main path ---
@@ -176,7 +175,7 @@ def test_a_flipped_byte_anywhere_is_refused(server: RunningServer, bundle: Path,
                 stub.SubmitBundle(upload(bytes(changed)), timeout=30)
             assert caught.value.code() in codes, at
     assert kept(tmp_path) == []
-    assert is_serving(server)
+    assert is_serving(server, SERVICE)
 
 
 def test_an_unknown_key_is_refused(client: VerifierClient, tmp_path: Path) -> None:
