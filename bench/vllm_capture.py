@@ -3,7 +3,7 @@
     python bench/vllm_capture.py [--model smollm2-135m] [--config compile=true,graphs=true] [--prompt 256] [--new 64]
         [--batch 1 32] [--repetitions 3]
 
-One engine a batch size, in this process's workers' stead; medians over interleaved repetitions. ``--batch N`` above 1 runs N
+One engine for each batch size, in this process; medians over interleaved repetitions. ``--batch N`` above 1 runs N
 references together (``batch=auto``), all of them captured. The replay is a prefill replay of the same tokens.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from machine import describe
 
 from fpforensics.common.config import parse_config
@@ -40,11 +41,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
-    print(describe())
     for batch in options.batch:
         spec = f"model={options.model},backend=vllm,batch={'1' if batch == 1 else 'auto'},{options.config}"
         engine = VllmEngine(parse_config(spec.rstrip(",")), Host(device=options.device))
         try:
+            print(describe(engine.config, torch.device(engine.facts().device)))
             measure(engine, batch, options)
         finally:
             engine.close()

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-import msgspec
 import numpy as np
 
 from fpforensics.common.contents import is_finite
@@ -24,7 +23,7 @@ from fpforensics.common.errors import EvidenceError, UsageError, shorten
 from fpforensics.common.evidence import PAYLOAD_TYPE, Evidence, ReferenceEntry, Tensor, TraceEntry
 from fpforensics.common.frame import MAX_BLOB_BYTES, blob_header, head
 from fpforensics.common.keys import PrivateKey
-from fpforensics.common.manifest import blob_sizes, decode_statement, statement_of
+from fpforensics.common.manifest import blob_sizes, decode_statement, encode_statement, statement_of
 from fpforensics.common.rules import check_statement
 from fpforensics.common.signals import DTYPES, Array, Reference, Trace, dtype_name
 from fpforensics.common.strict import Limits
@@ -102,7 +101,7 @@ class BundleWriter:
 
         Raises :class:`EvidenceError` for a manifest that a verifier would refuse; then nothing is written.
         """
-        payload = msgspec.json.encode(statement_of(evidence))
+        payload = encode_statement(statement_of(evidence))
         # Read back as a verifier does, from the very bytes: nothing is signed that could not be accepted.
         statement = decode_statement(payload, self.limits)
         check_statement(statement, self.limits)

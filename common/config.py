@@ -87,6 +87,21 @@ class ExecutionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     batch_invariant: bool = False
 
 
+_ADDED: Mapping[str, Any] = {
+    "kv_cache": "auto",
+    "pipeline_parallel": 1,
+    "max_batched_tokens": 0,
+    "cuda_graphs": False,
+    "batch_invariant": False,
+}
+"""Fields that came after the first bundles, with their defaults: a config without them is written as it was then."""
+
+
+def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's fields by name as manifests hold them: later ones only where they say something."""
+    return {name: value for name, value in config.items() if name not in _ADDED or value != _ADDED[name]}
+
+
 # Short keys as users write them, and the fields that they mean.
 KEYS: Mapping[str, str] = {
     "model": "model",

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Literal, NamedTuple
 
+import msgspec
+
+from fpforensics.common.config import as_written
 from fpforensics.common.errors import EvidenceError, shorten
 from fpforensics.common.evidence import (
     EVIDENCE_TYPE,
@@ -40,6 +43,14 @@ class Use(NamedTuple):
     tensor: Tensor
     where: str
     rule: Rule
+
+
+def encode_statement(statement: EvidenceStatement) -> bytes:
+    """The manifest's bytes. What an earlier version could say is written in the same bytes as it did."""
+    value = msgspec.to_builtins(statement)
+    for row in value["predicate"]["rows"]:
+        row["config"] = as_written(row["config"])
+    return msgspec.json.encode(value)
 
 
 def decode_statement(payload: bytes, limits: Limits) -> EvidenceStatement:

@@ -67,7 +67,7 @@ class Recorder:
             offset += length
         step.upload(self._claimed_row, self._device)
         self._step = step
-        self._taps.arm(step.rows_R)
+        self._taps.arm(step.rows_R, step.span)
 
     def after_forward(self, states: Any) -> None:
         """``states`` (T, D) after the final norm, where this rank has them."""
@@ -198,6 +198,7 @@ class _Step:
         self.wanted: list[tuple[str, int]] = []
         self.products: list[tuple[int, int]] = []
         self.extra = 0
+        self.span: slice | None = None  # the wanted rows, where they are neighbours in order
         self.deciding: list[tuple[Task | None, int]] = []  # for each request: its task and which token it names now
         self._others: list[tuple[str, int, int, int]] = []  # task, slot, row, next id
         self._last: list[tuple[str, int, int, int]] = []  # task, slot, row, request
@@ -225,6 +226,9 @@ class _Step:
         """All indices in one transfer."""
         self.extra = len(self._others)
         every = [*self._others, *self._last]
+        first = every[0][2] if every else 0
+        if every and all(row == first + i for i, (_, _, row, _) in enumerate(every)):
+            self.span = slice(first, first + len(every))
         self.wanted = [(key, slot) for key, slot, _, _ in every]
         measured = [int(task is not None and not task.greedy) for task, _ in self.deciding]
         packed = torch.tensor(

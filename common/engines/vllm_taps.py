@@ -31,6 +31,7 @@ class Taps:
         self._wanted: frozenset[int] = frozenset()
         self._count = 0
         self._rows_R: torch.Tensor | None = None
+        self._span: slice | None = None
         self._kept: tuple[Kept, Kept] = ({}, {})
         self._listed: torch.Tensor | None = None  # (capacity,) what a CUDA graph copies
         self._sinks: tuple[Kept, Kept] = ({}, {})
@@ -69,9 +70,9 @@ class Taps:
             if attention is not None:
                 self._handles.append(attention.register_forward_pre_hook(self._key_hook(index)))
 
-    def arm(self, rows_R: torch.Tensor) -> None:  # noqa: N803
-        """Keep these rows (R,) of the next forward."""
-        self._count = len(rows_R)
+    def arm(self, rows_R: torch.Tensor, span: slice | None = None) -> None:  # noqa: N803
+        """Keep these rows (R,) of the next forward; ``span`` where they are neighbours, which saves their selection."""
+        self._count, self._span = len(rows_R), span
         self._rows_R = rows_R if self._count else None
         if self._listed is not None and self._count <= len(self._listed):
             # Every entry, so that none points beyond a smaller graph's rows.
@@ -100,9 +101,13 @@ class Taps:
         """Keep the armed rows of what a block computed: the sum of both parts."""
         if self._rows_R is None or index not in self._wanted:
             return
-        kept = rows_TD.index_select(0, self._rows_R)
-        if more_TD is not None:
-            kept = kept + more_TD.index_select(0, self._rows_R)
+        if self._span is not None:
+            rows, more = rows_TD[self._span], None if more_TD is None else more_TD[self._span]
+            kept = rows.clone() if more is None else rows + more  # never a view: vLLM writes over its buffers
+        else:
+            kept = rows_TD.index_select(0, self._rows_R)
+            if more_TD is not None:
+                kept = kept + more_TD.index_select(0, self._rows_R)
         self._kept[kind][index] = kept.reshape(len(kept), -1)
 
     def copy(self, sink: torch.Tensor, rows_TD: torch.Tensor, more_TD: torch.Tensor | None) -> None:  # noqa: N803

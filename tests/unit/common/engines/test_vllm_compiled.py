@@ -73,6 +73,11 @@ def test_a_graph_copies_what_the_list_names() -> None:
     assert torch.equal(kept[1], keys[[3, 1]].reshape(2, 4))
     assert set(hidden) == set(kept) == {1}
 
+    taps.arm(torch.tensor([1, 2]), slice(1, 3))
+    with torch.no_grad():
+        blocks[1](states)
+    assert torch.equal(taps.take()[0][1], states[1:3] * 2 + 1)
+
     taps.arm(torch.tensor([], dtype=torch.int64))
     taps.copy(blocks[1].evidence_rows, states[:1], None)  # a smaller graph: every listed row is within it
     assert taps.take() == ({}, {})

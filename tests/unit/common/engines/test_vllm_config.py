@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tiny_models import make_tiny_model
 
-from fpforensics.common.config import ExecutionConfig, config_id, parse_claim, parse_config
+from fpforensics.common.config import ExecutionConfig, as_written, config_id, parse_claim, parse_config
 from fpforensics.common.engines import vllm_load, vllm_rules
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.preflight import require_runnable
@@ -36,6 +37,11 @@ def test_configs_of_before_are_the_same_configs() -> None:
     """Fields that came later have defaults, and are part of no older name."""
     assert config_id(ExecutionConfig()) == "attn=sdpa,dtype=bf16"
     assert config_id(parse_config("quant=bnb-nf4,batch=4")) == "quant=bnb-nf4,batch=4"
+    older = as_written(msgspec.to_builtins(ExecutionConfig()))
+    assert list(older)[-1] == "emulate_tensor_parallel"
+    assert msgspec.convert(older, ExecutionConfig) == ExecutionConfig()
+    newer = as_written(msgspec.to_builtins(parse_config("backend=vllm,kv=fp8")))
+    assert newer["kv_cache"] == "fp8" and "cuda_graphs" not in newer
 
 
 @pytest.mark.parametrize(
