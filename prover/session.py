@@ -10,7 +10,7 @@ import re
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from fpforensics.common.sampling import check_sampling
 from fpforensics.common.signals import (
     LAST,
     PHASES,
+    Array,
     CapturePlan,
     Divergence,
     Reference,
@@ -305,8 +306,22 @@ def _widen(noise: dict[str, float], first: Sequence[Trace], again: Sequence[Trac
         for name in left:
             if name in ("positions", "logprob_ids", "logits") or not len(left[name]):
                 continue
-            if name == "logprobs" and not np.array_equal(left["logprob_ids"], right["logprob_ids"]):
-                continue
-            gap = (left[name].astype(np.float64) - right[name].astype(np.float64)).reshape(len(left[name]), -1)
+            ours, theirs = left[name], right[name]
+            if name == "logprobs":
+                ours, theirs = _at_same_ids(left, right)
+                if not len(ours):
+                    continue
+            gap = (ours.astype(np.float64) - theirs.astype(np.float64)).reshape(len(ours), -1)
             size = float(np.linalg.norm(gap, axis=1).mean())
             noise[f"{phase}/{name}"] = max(noise.get(f"{phase}/{name}", 0.0), size)
+
+
+def _at_same_ids(left: Mapping[str, Array], right: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Log-probabilities (m, K) by token id, at the positions where both list the same ids: noise swaps neighbours in the order."""
+    orders = [np.argsort(side["logprob_ids"], axis=1) for side in (left, right)]
+    ids, values = (
+        [np.take_along_axis(side[name], order, axis=1) for side, order in zip((left, right), orders, strict=True)]
+        for name in ("logprob_ids", "logprobs")
+    )
+    same = (ids[0] == ids[1]).all(axis=1)
+    return values[0][same], values[1][same]
