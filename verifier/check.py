@@ -40,7 +40,8 @@ from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import MatrixReport, build_matrices
 from fpforensics.verifier.measured import MeasuredProfile
 from fpforensics.verifier.repeats import with_own_noise
-from fpforensics.verifier.replay import Member, Report, anchor_of, on_transformers, run_lineup
+from fpforensics.verifier.replay import OTHER_KERNELS, Member, Report, anchor_of, on_transformers, run_lineup
+from fpforensics.verifier.vouch import vouched
 
 # Quantized formats with products of their own, which no other path replaces.
 OWN_MATMUL = ("bnb-int8",)
@@ -145,7 +146,10 @@ def check_bundle(
     verifier_environment = describe_environment(host.env)
     lineup = [each for each in collected.reports if not each.id.startswith(ANCHOR_PREFIX)]
     classes = collected.kernel_classes()
-    verdicts = tuple(_verdict_on(each, collected, plan, verifier_environment) for each in checked)
+    verdicts = tuple(
+        vouched(_verdict_on(each, collected, plan, verifier_environment), each, lineup, named=bool(plan.claim))
+        for each in checked
+    )
     return CheckResult(
         bundle_digest=bundle.digest,
         signer=bundle.signer.keyid,
@@ -346,7 +350,15 @@ def _alternatives(first: ExecutionConfig, plan: CheckPlan) -> list[ExecutionConf
     configs = [parse_config(spec, first) for spec in specs]
     for field in parse_claim(plan.claim).assertions if plan.claim else ():
         values = [parse_config(spec, first) for spec in COUNTER_VALUES.get(field, ())]
+        if field == "backend" and first.backend == "vllm":
+            values = [on_transformers(first)]
         configs += [config for config in values if config != first][:1]
+    if (
+        first.backend == "vllm" and "backend" not in plan.using
+    ):  # the same weights by other kernels: only vLLM tells them apart
+        pairs: dict[str, str] = {**OTHER_KERNELS, **{plain: other for other, plain in OTHER_KERNELS.items()}}
+        pair = pairs.get(first.quantization)
+        configs += [parse_config(f"quant={pair}", first)] if pair else []
     return configs
 
 

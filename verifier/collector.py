@@ -256,7 +256,8 @@ def _contradicts_by_dtype(claim: Claim, config: ExecutionConfig) -> bool:
 def kind_of(config: ExecutionConfig) -> str:
     """What the profile's margins were measured between: configs that differ in anything else are of one kind."""
     attention = "sdpa" if config.attention.startswith("sdpa") else config.attention
-    fields = (config.model, config.dtype, config.quantization, attention, config.emulate_tensor_parallel)
+    ranks = config.emulate_tensor_parallel, config.tensor_parallel
+    fields = (config.model, config.dtype, config.quantization, attention, config.kv_cache, *ranks)
     return "/".join(map(str, fields))
 
 

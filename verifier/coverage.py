@@ -97,6 +97,7 @@ def scopes_of(
             verifier=here,
             mode=mode,  # type: ignore[arg-type]
             matmul=report.runs_as.matmul,
+            backend=report.runs_as.backend,
         )
         for report in collected.reports
         if report.facts is not None
