@@ -32,15 +32,13 @@ from fpforensics.common.evidence import Row
 from fpforensics.common.models import resolve_model, vocab_size, weights_digest
 from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.collector import ANCHOR_PREFIX, Checked, Collector, MemberReport
-from fpforensics.verifier.coverage import cover, scopes_of
-from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows, decide_row
-from fpforensics.verifier.distance import Cell
+from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows
 from fpforensics.verifier.environment_diff import Difference, compare_environments, fields_under_test
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import MatrixReport, build_matrices
 from fpforensics.verifier.measured import MeasuredProfile
-from fpforensics.verifier.repeats import with_own_noise
 from fpforensics.verifier.replay import OTHER_KERNELS, Member, Report, anchor_of, on_transformers, run_lineup
+from fpforensics.verifier.row import verdict_on
 from fpforensics.verifier.vouch import vouched
 
 # Quantized formats with products of their own, which no other path replaces.
@@ -147,7 +145,12 @@ def check_bundle(
     lineup = [each for each in collected.reports if not each.id.startswith(ANCHOR_PREFIX)]
     classes = collected.kernel_classes()
     verdicts = tuple(
-        vouched(_verdict_on(each, collected, plan, verifier_environment), each, lineup, named=bool(plan.claim))
+        vouched(
+            verdict_on(each, collected, plan.profile, plan.mode, verifier_environment),
+            each,
+            lineup,
+            named=bool(plan.claim),
+        )
         for each in checked
     )
     return CheckResult(
@@ -177,31 +180,6 @@ def check_bundle(
         ),
         verifier_environment=verifier_environment,
     )
-
-
-def _verdict_on(each: Checked, collected: Collector, plan: CheckPlan, here: Environment) -> RowVerdict:
-    """One row decided, and noted what its calibration did not measure and what its own repetitions showed."""
-    noise = collected.noise_floor(each)
-    scopes = scopes_of(collected, each, collected.environment, here, plan.mode)
-    skipped = [report for report in collected.reports if report.skipped and not report.id.startswith(ANCHOR_PREFIX)]
-
-    def decide(factors: Mapping[Cell, float]) -> RowVerdict:
-        coverage = cover(collected, each, plan.profile, scopes, factors)
-        verdict = decide_row(
-            config_id=each.label,
-            claim=str(each.claim),
-            members=collected.members_of(each),
-            noise={cell: floor * factors.get(cell, 1.0) for cell, floor in noise.items()},
-            kernel_classes=collected.kernel_classes(),
-            identity_only=each.claim.assertions.keys() <= {"model"},
-            calibration=coverage.calibration,
-            uncalibrated=collected.lacking(each),
-            setting=collected.setting(each, here, plan.mode),
-            not_replayed=[report.id for report in skipped if not each.claim.holds_for(report.config)],
-        )
-        return coverage.noted(verdict)
-
-    return with_own_noise(decide({}), each.row.repetitions, noise, decide)
 
 
 def replay_bundle(

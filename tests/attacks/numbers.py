@@ -242,7 +242,7 @@ NUMBERS = (
     Attack(
         name="eight bits in decode of one request of three", how=in_decode_of(0), other="int8", caught=NOT_CONSISTENT
     ),
-    Attack(name="eight-bit weights, said to be noise", how=said_to_be_noise, other="int8", caught=NOT_CONSISTENT),
+    Attack(name="eight-bit weights, said to be noise", how=said_to_be_noise, other="int8"),
     Attack(name="four-bit weights, said to be noise", how=said_to_be_noise, other="nf4"),
     Attack(name="eager under sdpa's name, said to be noise", how=said_to_be_noise, other="eager"),
     Attack(name="eight bits for one request of three", how=in_references(0), other="int8"),

