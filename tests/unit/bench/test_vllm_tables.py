@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vllm_tables import COMPARED, FOLDER, KINDS, SIGNALS, load, load_cpu, main
+from vllm_tables import COMPARED, FOLDER, KINDS, SIGNALS, load, main
 
 DOC = FOLDER.parents[2] / "docs" / "vllm-evidence.md"
 PLAIN_GPTQ = "model=gptq,dtype=fp16,quant=gptq"
