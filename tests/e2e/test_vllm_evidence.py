@@ -21,6 +21,8 @@ AWQ, GPTQ, BASE = "model=awq,quant=awq_marlin", "model=gptq,quant=gptq_marlin", 
 NF4 = "model=base,quant=bnb-nf4"
 FA3, FA2, TRITON = "attn=vllm_flash_attn_3", "attn=vllm_flash_attn_2", "attn=vllm_triton"
 COMPILED, PLAIN = "compile=true,graphs=true", "compile=false,graphs=false"
+# How far honest evidence lies from its own replay, over all layers; the limit is 2.
+FLOORS = {"fa3": 1.09, "graphs": 1.12, "tp2": 1.17, "awq_marlin": 1.08, "gptq_marlin": 1.01, "bnb-nf4": 1.82}
 slow = pytest.mark.slow
 
 
@@ -64,7 +66,7 @@ def check(
                 ("bnb-nf4", "quant=bnb-nf4", (BASE,), "CONSISTENT"),
                 ("bnb-nf4", "quant=none", (NF4,), "INCONSISTENT"),
                 ("gptq-fp16", "quant=gptq", (AWQ, BASE), "CONSISTENT"),
-                ("gptq-fp16", BASE, (), "INCONSISTENT"),
+                ("gptq-fp16", BASE, ("model=gptq,quant=gptq",), "INCONSISTENT"),
                 ("graphs", "quant=none", (NF4,), "CONSISTENT"),
                 ("graphs", NF4, (BASE,), "INCONSISTENT"),
                 ("tp2", "quant=none", (NF4,), "CONSISTENT"),
@@ -79,6 +81,12 @@ def test_weights_are_told_apart_on_a_cpu(
     result = check(name, replays.host, claim, lineup, replays.start)
     assert result.verdict == verdict, result.rows[0].reasons
     assert not any(score.bit_identical for score in result.rows[0].scores)
+    floors = result.rows[0].floors
+    assert floors is not None
+    if verdict == "CONSISTENT":
+        assert floors == pytest.approx(FLOORS[name], abs=0.15)
+    else:
+        assert floors > 14
 
 
 @pytest.mark.parametrize(
