@@ -10,6 +10,7 @@ from typing import Any
 
 from fpforensics.common.config import ExecutionConfig, is_vllm_attention
 from fpforensics.common.engines.base import Host
+from fpforensics.common.environment import cpu_flags
 from fpforensics.common.errors import MissingDependencyError, ReplayError, UsageError
 from fpforensics.common.models import read_config
 
@@ -29,7 +30,11 @@ STORED = {
 }
 _ELSEWHERE = frozenset({"bnb-int8", "bnb-fp4", "torchao-int4"})
 _HALF_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "fp8"})
-_GPU_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-int4", "bnb-nf4", "fp8"})
+_MARLIN = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+_GPU_ONLY = frozenset({"bnb-nf4", "fp8"})
+# vLLM's int4 kernel for CPUs is built for AVX-512 alone, and taken where all of these are.
+_CPU_INT4 = frozenset({"awq", "gptq", "compressed-int4"})
+CPU_INT4_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 def check_config(config: ExecutionConfig) -> None:
@@ -92,6 +97,19 @@ def check_device(config: ExecutionConfig, device: str) -> None:
         raise ReplayError(
             f"quant={config.quantization} has no vLLM kernel on this CPU", f"{way_out}, or use backend=transformers"
         )
+    if config.quantization in _MARLIN:
+        plain = _MARLIN[config.quantization]
+        raise ReplayError(
+            f"quant={config.quantization}: Marlin is a kernel of GPUs", f"{way_out}, or use quant={plain},dtype=fp16"
+        )
+    if config.quantization in _CPU_INT4:
+        if config.dtype == "fp32":
+            raise ReplayError(f"quant={config.quantization} computes in bf16 or fp16 on a CPU", "use dtype=bf16")
+        if missing := sorted(set(CPU_INT4_FLAGS) - set(cpu_flags())):
+            raise ReplayError(
+                f"quant={config.quantization} needs AVX-512 on a CPU; this one lacks {', '.join(missing)}",
+                f"{way_out}, or use backend=transformers",
+            )
     if config.expert_parallel > 1:
         raise ReplayError(
             f"ep={config.expert_parallel}: vLLM's MoE kernel for CPUs ignores which experts a rank holds, and crashes",

@@ -70,10 +70,9 @@ def test_combinations_that_no_machine_runs(spec: str, said: str) -> None:
     ("spec", "said"),
     [
         ("attn=vllm_triton", "attn=vllm_triton needs a GPU (use attn=auto or vllm_cpu"),
-        (
-            "quant=awq_marlin",
-            "quant=awq_marlin has no vLLM kernel on this CPU (run it on a GPU, or use backend=transformers",
-        ),
+        ("quant=bnb-nf4", "quant=bnb-nf4 has no vLLM kernel on this CPU (run it on a GPU, or use backend=transformers"),
+        ("quant=awq_marlin", "Marlin is a kernel of GPUs (run it on a GPU, or use quant=awq,dtype=fp16"),
+        ("quant=compressed-int4,dtype=fp32", "computes in bf16 or fp16 on a CPU (use dtype=bf16"),
         ("tp=2,ep=2", "ignores which experts a rank holds, and crashes (run it on a GPU, or use ep=1)"),
         ("graphs=true", "graphs=true needs a GPU"),
         ("invariant=true", "invariant=true needs a GPU"),
@@ -86,6 +85,21 @@ def test_what_a_cpu_does_not_run(spec: str, said: str, monkeypatch: pytest.Monke
     with pytest.raises(ReplayError) as refused:
         require_runnable([config], Host(device="cpu"))
     assert said in refused.value.diagnostics()
+    vllm_rules.check_device(config, "cuda")
+
+
+@pytest.mark.parametrize("spec", ["quant=awq", "quant=gptq,dtype=fp16", "quant=compressed-int4"])
+def test_int4_on_a_cpu_needs_avx512(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(f"backend=vllm,{spec}")
+    monkeypatch.setattr(vllm_rules, "cpu_flags", lambda: ("avx", "avx2", "fma", *vllm_rules.CPU_INT4_FLAGS))
+    vllm_rules.check_device(config, "cpu")
+    monkeypatch.setattr(vllm_rules, "cpu_flags", lambda: ("avx", "avx2", "avx512f", "fma"))
+    with pytest.raises(ReplayError) as refused:
+        vllm_rules.check_device(config, "cpu")
+    assert (
+        "needs AVX-512 on a CPU; this one lacks avx512bw, avx512dq, avx512vl (run it on a GPU"
+        in refused.value.diagnostics()
+    )
     vllm_rules.check_device(config, "cuda")
 
 
