@@ -193,6 +193,13 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def unname_shared_memory(folder: Path = Path("/dev/shm")) -> None:  # noqa: S108
+    """On a CPU, take the names off the memory that ranks share, once all of them hold it: vLLM itself leaves them behind."""
+    if instance := os.environ.get("VLLM_DIST_IDENT"):
+        for path in folder.glob(f"{glob.escape(instance)}-*-cpushm_*"):
+            path.unlink(missing_ok=True)
+
+
 def token_prompt(ids: Sequence[int]) -> Any:
     """A prompt of token ids."""
     from vllm.inputs import TokensPrompt
