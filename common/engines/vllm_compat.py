@@ -7,9 +7,11 @@ differ, it is said here.
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fpforensics.common.config import ExecutionConfig
@@ -66,6 +68,13 @@ def is_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+def gpu_count() -> int:
+    """How many GPUs this process sees."""
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def attention_options(config: ExecutionConfig) -> dict[str, Any]:
