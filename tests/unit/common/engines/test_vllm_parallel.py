@@ -24,6 +24,7 @@ WITHIN_ROUNDING = 2e-5
 SHORT = Sampling(max_new_tokens=4)
 
 
+@pytest.mark.timeout(900)  # four processes that import vLLM, on as few cores as there are
 def test_two_ranks_record_what_one_does_and_end_together(tmp_path: Path) -> None:
     path, given = tiny(tmp_path, "qwen3"), references(1, length=40)
     with opened(path, "backend=vllm,dtype=fp32") as engine:
