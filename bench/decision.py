@@ -114,6 +114,7 @@ def main() -> None:
     reduce_.add_argument("-o", "--output", type=Path, default=DATA)
     rates_ = commands.add_parser("rates")
     rates_.add_argument("--verdicts", type=int, default=1000, help="of each honest row")
+    rates_.add_argument("--prompts", type=int, nargs="+", default=[1, 3, 8, 24])
     rates_.add_argument("--lies", type=int, default=200, help="of each lie")
     picture_ = commands.add_parser("picture")
     picture_.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "images" / "layers.png")
@@ -121,7 +122,7 @@ def main() -> None:
     if arguments.command == "reduce":
         reduce(arguments.files, arguments.output)
     elif arguments.command == "rates":
-        print_rates(load(), arguments.verdicts, arguments.lies)
+        print_rates(load(), arguments.prompts, arguments.verdicts, arguments.lies)
     else:
         draw(load(), arguments.output)
 
@@ -276,6 +277,13 @@ class Bundles:
             self._parts[key] = Part(f"prompt {prompt}", alone, pool)
         return self._parts[key]
 
+    def count(self, found: Counter[str], drawn: Sequence[int], window: int) -> None:
+        """Add one bundle's outcome; ``nearest``: in the early layers, a member for which the claim holds is the nearest."""
+        verdict, distance = self.verdict(drawn, window), self.tables[window].scores(drawn, self.case.claimed).distance
+        found[verdict.verdict] += 1
+        found["nearest"] += min(distance, key=distance.__getitem__) in verdict.fits
+        found["verdicts"] += 1
+
     def verdict(self, drawn: Sequence[int], window: int) -> RowVerdict:
         """The verdict on the drawn prompts (numbers may repeat: each is a prompt of its own then)."""
         references = [f"ref_{index}" for index in range(len(drawn))]
@@ -308,12 +316,12 @@ class Bundles:
 
 
 def verdicts(case: Case, profile: Profile, prompts: int, count: int, wanted: int, rng: Any) -> Counter[str]:
-    """How many of ``wanted`` resampled bundles come out how; ``nearest`` counts those nearest to what is claimed."""
+    """How many of ``wanted`` resampled bundles come out how; see :meth:`Bundles.count`."""
     bundles, every = Bundles(case, profile, count), case.direction.evidence.shape[2]
     found: Counter[str] = Counter()
     for _ in range(wanted):
         drawn = rng.integers(0, every, prompts).tolist()
-        _count(found, bundles.verdict(drawn, int(rng.integers(len(bundles.windows)))))
+        bundles.count(found, drawn, int(rng.integers(len(bundles.windows))))
     return found
 
 
@@ -324,20 +332,14 @@ def singles(case: Case, profile: Profile, count: int) -> list[Counter[str]]:
     for prompt in range(case.direction.evidence.shape[2]):
         found.append(Counter())
         for window in range(len(bundles.windows)):
-            _count(found[-1], bundles.verdict([prompt], window))
+            bundles.count(found[-1], [prompt], window)
     return found
 
 
-def _count(found: Counter[str], verdict: RowVerdict) -> None:
-    found[verdict.verdict] += 1
-    found["nearest"] += verdict.nearest in verdict.fits
-    found["verdicts"] += 1
-
-
-def print_rates(directions: Sequence[Direction], honest: int, lies: int) -> None:
+def print_rates(directions: Sequence[Direction], sizes: Sequence[int], honest: int, lies: int) -> None:
     rng, profile = np.random.default_rng(0), built_in_profile()
     for count in (3, 16, 64):
-        for prompts in (1, 3, 8, 24):
+        for prompts in sizes:
             drawn = (
                 "every prompt and window"
                 if prompts == 1
