@@ -33,6 +33,7 @@ def shared_by(pid: int) -> set[Path]:
     return {Path(path) for path in re.findall(r"/dev/shm/\S+", maps)}
 
 
+@pytest.mark.timeout(900)  # four processes that import vLLM, on as few cores as there are
 def test_two_ranks_record_what_one_does_and_end_together(tmp_path: Path) -> None:
     path, given = tiny(tmp_path, "qwen3"), references(1, length=40)
     with opened(path, "backend=vllm,dtype=fp32") as engine:
