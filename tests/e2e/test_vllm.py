@@ -49,7 +49,7 @@ def check(path: Path, host: Host, claim: str, mode: str) -> CheckResult:
 
 
 def test_an_honest_claim_is_consistent_and_equal_in_every_bit(bundle: Path, host: Host) -> None:
-    result = check(bundle, host, "backend=vllm,dtype=bf16", "decode")
+    result = check(bundle, host, "dtype=bf16", "decode")
     assert result.verdict == "CONSISTENT", result.rows[0].reasons
     assert result.rows[0].reasons[0].startswith("bit-identical to ")
 

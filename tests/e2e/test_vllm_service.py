@@ -143,7 +143,7 @@ def test_a_served_batch_is_equal_in_every_bit_when_it_is_replayed_here(
     path = tmp_path / "bundle.msgpack"
     assert row_of(client, plan("batch=auto", references=5), path).facts.batch_sizes == [5]
     (tmp_path / "prover.key.pub").write_bytes(KEY.public.pem())
-    arguments = [path, "--key", tmp_path / "prover.key.pub", "--claim", "backend=vllm,dtype=bf16"]
+    arguments = [path, "--key", tmp_path / "prover.key.pub", "--claim", "dtype=bf16"]
     arguments += ["--lineup", "dtype=fp16", "--replay", "decode", "--device", "cpu", "--env", "OMP_NUM_THREADS=1"]
     arguments += ["--model-path", f"tiny={models['tiny']}", "--json"]
     done = subprocess.run([BIN / "verifier", "check", *map(str, arguments)], capture_output=True, text=True)
