@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from tiny_models import make_tiny_model
 
@@ -15,10 +16,10 @@ from fpforensics.common.config import ExecutionConfig, as_written, config_id, pa
 from fpforensics.common.engines import vllm_load, vllm_rules
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.preflight import require_runnable
-from fpforensics.common.engines.vllm_jobs import Report, WorkerFacts, pack
+from fpforensics.common.engines.vllm_jobs import Job, Report, Task, WorkerFacts, pack, unpack
 from fpforensics.common.engines.vllm_results import Schedule, require_kernels
 from fpforensics.common.errors import Error, MissingDependencyError, ReplayError, UsageError
-from fpforensics.common.signals import Phase
+from fpforensics.common.signals import Phase, Sampling
 
 
 def test_the_backend_alone_is_a_config() -> None:
@@ -192,6 +193,33 @@ def test_schedules_that_differ_late_stay_different() -> None:
     assert schedule.last == "1/7, 1/1 x2" and schedule.batch_sizes == {1, 2, 3}
     schedule.add(report([(9, 9)]), remember=False)
     assert schedule.last == "1/7, 1/1 x2" and 9 in schedule.batch_sizes
+
+
+@pytest.mark.parametrize(
+    ("prompt", "steps", "phases"),
+    [
+        (3, [(0, 1), (1, 1), (2, 1)], ["prefill"]),  # in chunks of one token
+        (3, [(0, 3), (3, 1)], ["prefill", "decode"]),
+        (1, [(0, 1), (1, 1)], ["prefill", "decode"]),
+        (1, [(0, 1)], ["prefill"]),
+    ],
+)
+def test_phases_are_those_of_the_positions(prompt: int, steps: list[tuple[int, int]], phases: list[str]) -> None:
+    torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+    from fpforensics.common.engines.vllm_capture import Recorder
+    from fpforensics.common.engines.vllm_taps import Taps
+
+    none = np.zeros(0, np.int32)
+    task = Task(key="r0", reference_id="ref_0", fed_ids=np.arange(prompt, dtype=np.int32), positions=none)
+    job = Job(tasks=[task], blocks=[], top_k=1, full_logits=False, sampling=Sampling())
+    recorder = Recorder(job, Taps([]), lambda states: states, torch.device("cpu"), (0, 0))
+    for first, length in steps:
+        recorder.before_forward(["r0"], np.array([first]), np.array([length]))
+    report = unpack(pack(recorder.finish()), Report)
+    assert report.phases == phases and report.steps == [(1, length) for _, length in steps] and not report.failed
+    schedule = Schedule()
+    schedule.add(report, remember=True)
+    assert schedule.phases == set(phases)
 
 
 def test_an_engine_with_the_wrong_kernels_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_two_ranks_record_what_one_does_and_end_together(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_closed_ranks_leave_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_CLOSE_SECONDS", 120.0)  # a busy machine takes longer
     host = Host(device="cpu", models={"tiny": str(tiny(tmp_path, "llama"))}, env={"OMP_NUM_THREADS": "1"})
