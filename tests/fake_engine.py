@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -31,7 +32,7 @@ NOISE = 1e-2
 class FakeEngine:
     """Behaves like an engine of a model of four blocks; ``drift`` makes each generation differ from the one before."""
 
-    def __init__(self, config: ExecutionConfig, host: Host, drift: bool = False) -> None:
+    def __init__(self, config: ExecutionConfig, host: Host, drift: int = 0) -> None:
         path = resolve_model(config.model, models=host.models).path
         self.config = msgspec.structs.replace(config, weights_digest=weights_digest(path))
         self._label = config_id(msgspec.structs.replace(config, batch_size=1))
@@ -137,7 +138,7 @@ class FakeEngine:
 
     def _vector(self, tokens: Sequence[int], kind: str, width: int) -> Array:
         common = _normal(f"{list(tokens)}{kind}", width)
-        drift = self._generations if self._drift else 0
+        drift = self._drift + self._generations if self._drift else 0
         return common + NOISE * _normal(f"{list(tokens)}{kind}{self._label}{drift}", width)
 
 
@@ -147,10 +148,13 @@ def fake_engine(config: ExecutionConfig, host: Host, cancelled: Callable[[], boo
     yield FakeEngine(config, host)
 
 
+_STARTED = itertools.count(1)
+
+
 @contextmanager
 def drifting_engine(config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[FakeEngine]:
-    """The same, of which eager attention differs from one repetition to the next."""
-    yield FakeEngine(config, host, drift=config.attention == "eager")
+    """The same, of which eager attention differs from one repetition to the next, and from one start to the next."""
+    yield FakeEngine(config, host, drift=1000 * next(_STARTED) if config.attention == "eager" else 0)
 
 
 def _normal(label: str, width: int) -> Array:
