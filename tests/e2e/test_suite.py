@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from click.testing import CliRunner
 from tiny_models import make_tiny_model
+
+from fpforensics.verifier.cli.analyze import analyze
+from fpforensics.verifier.cli.suite import suite
 
 SUITE = """
 name = "small"
@@ -51,6 +55,12 @@ def verifier(*arguments: object) -> str:
     return done.stdout
 
 
+def analyzed(*arguments: object) -> str:
+    done = CliRunner().invoke(analyze, [*map(str, arguments), "--top", "10", "--json", "-q"])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
 def test_suite(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", "llama")
     document = tmp_path / "text.txt"
@@ -64,13 +74,11 @@ def test_suite(tmp_path: Path) -> None:
     assert "skipped: here.ep=2" in said
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     # The suite's own numbers are those that analyze gives for its file.
-    again = json.loads(verifier("analyze", out / "attention_experiment.json", "--top", 10, "--json", "-q"))
+    again = json.loads(analyzed(out / "attention_experiment.json"))
     assert again == json.loads((out / "analysis_reports.json").read_text())["attention"]
     summary = json.loads((out / "summary.json").read_text())
-    table = json.loads(verifier("analyze", "--summary", out / "attention_experiment.json", "--top", 10, "--json", "-q"))
-    assert [row | {"file": ""} for row in table] == [
-        row | {"file": ""} for row in summary if row["experiment"] == "attention"
-    ]
+    table = json.loads(analyzed("--summary", out / "attention_experiment.json"))
+    assert [row | {"file": ""} for row in table] == [row | {"file": ""} for row in summary]
     # On the prover's own machine a replay of the same config has the same bits, one of another has not.
     (attention, _) = json.loads((out / "experiments.json").read_text())
     (keys,) = [
@@ -81,5 +89,5 @@ def test_suite(tmp_path: Path) -> None:
     assert [keys["aggregate"][0][0], keys["aggregate"][1][1]] == [0.0, 0.0]
     assert keys["aggregate"][0][1] > 0
     before = (out / "journal.jsonl").read_bytes()
-    verifier("suite", "resume", out, "-q")
+    assert CliRunner().invoke(suite, ["resume", str(out), "-q"]).exit_code == 0
     assert (out / "journal.jsonl").read_bytes() == before

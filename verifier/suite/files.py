@@ -48,7 +48,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConfigStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How one job ended: ``finished``, ``skipped``, ``failed``, ``stopped`` or ``open``, and why."""
+    """How one job ended: ``finished``, ``skipped``, ``blocked`` by another, ``failed``, ``stopped`` or ``open``, and why."""
 
     prover: str
     config: str

@@ -16,8 +16,10 @@ import msgspec
 
 from fpforensics.common.errors import EvidenceError, LimitError, UsageError, shorten
 
-Event = Literal["started", "finished", "skipped", "failed", "stopped"]
+Event = Literal["started", "finished", "skipped", "blocked", "failed", "stopped"]
 DONE: tuple[Event, ...] = ("finished", "skipped", "stopped")
+ENDED: tuple[Event, ...] = (*DONE, "blocked", "failed")
+"""How a job may have ended; those that are not done are looked at again when the run is resumed."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -14,7 +14,7 @@ from fpforensics.verifier.report.pages import Heat, heat_rows, render_page
 from fpforensics.verifier.suite.files import ExperimentReport, Written
 from fpforensics.verifier.suite.model import Suite
 
-MARKS = {"finished": "✓", "skipped": "–", "failed": "✗", "stopped": "✗", "open": "…"}
+MARKS = {"finished": "✓", "skipped": "–", "blocked": "–", "failed": "✗", "stopped": "✗", "open": "…"}
 
 
 @dataclass(frozen=True)

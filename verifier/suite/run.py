@@ -29,7 +29,7 @@ from fpforensics.common.keys import Keyring
 from fpforensics.common.signals import Trace, first_divergence
 from fpforensics.verifier.intake import open_bundle
 from fpforensics.verifier.suite.folder import is_full
-from fpforensics.verifier.suite.journal import DONE, Entry, Journal
+from fpforensics.verifier.suite.journal import DONE, ENDED, Entry, Journal
 from fpforensics.verifier.suite.plan import Job, plan_jobs
 from fpforensics.verifier.suite.sessions import Held, Report, Setting, adopt, fetch, new_nonce
 
@@ -67,13 +67,16 @@ def run_sessions(
     jobs = plan_jobs(setting.suite)
     keyring = setting.folder.keyring()
     for number, job in enumerate(jobs, start=1):
-        last = journal.latest(*DONE, "failed").get(job.id)
+        last = journal.latest(*ENDED).get(job.id)
         if last is not None and last.event in DONE and not (again and last.event == "skipped"):
             _tidy(setting, job)
             continue
-        reason = job.skip or _blocked(setting, jobs, job, journal)
-        if reason:
-            journal.add(Entry(event="skipped", job=job.id, at=clock.now(), reason=reason))
+        if job.skip:
+            journal.add(Entry(event="skipped", job=job.id, at=clock.now(), reason=job.skip))
+            continue
+        if reason := _blocked(setting, jobs, job, journal):
+            if last is None or (last.event, last.reason) != ("blocked", reason):
+                journal.add(Entry(event="blocked", job=job.id, at=clock.now(), reason=reason))
             continue
         where = (
             f"{', '.join(job.experiments[:2]) or 'reference'}: {job.id} ({number} of {len(jobs)}{_left(journal, jobs)})"
@@ -211,7 +214,7 @@ def _tidy(setting: Setting, job: Job) -> None:
 
 def _blocked(setting: Setting, jobs: Sequence[Job], job: Job, journal: Journal) -> str:
     """Why a job has no use: its experiments have no baseline on this prover, or one of their configs was not reproducible."""
-    ended = journal.latest("finished", "skipped", "failed", "stopped")
+    ended = journal.latest(*ENDED)
     reasons = []
     for experiment in setting.suite.experiments:
         if experiment.name not in job.experiments or job.variant.identity == experiment.baseline.identity:
@@ -235,7 +238,7 @@ def _blocked(setting: Setting, jobs: Sequence[Job], job: Job, journal: Journal) 
 
 def _left(journal: Journal, jobs: Sequence[Job]) -> str:
     """The time left, from the jobs that are finished."""
-    ended = journal.latest("finished", "skipped", "stopped")
+    ended = journal.latest(*DONE, "blocked")
     took = [ended[job.id].seconds for job in jobs if job.id in ended and ended[job.id].event == "finished"]
     if not took:
         return ""

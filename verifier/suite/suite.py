@@ -8,7 +8,7 @@ from fpforensics.common.cache import write_atomically
 from fpforensics.common.errors import CancelledError, Error
 from fpforensics.verifier.suite.files import Written, write_files
 from fpforensics.verifier.suite.folder import is_full
-from fpforensics.verifier.suite.journal import Journal
+from fpforensics.verifier.suite.journal import ENDED, Journal
 from fpforensics.verifier.suite.replays import run_replays
 from fpforensics.verifier.suite.run import Clock, StoppedError, run_sessions
 from fpforensics.verifier.suite.sessions import Report, Setting
@@ -30,7 +30,7 @@ def run_suite(
         try:
             run_sessions(setting, journal, report, clock=clock, again=again)
             run_replays(setting, journal, report, again=again)
-            written = write_files(setting, dict(journal.latest("finished", "skipped", "failed", "stopped")), report)
+            written = write_files(setting, dict(journal.latest(*ENDED)), report)
             _write_page(setting, written)
         except (StoppedError, CancelledError):
             raise

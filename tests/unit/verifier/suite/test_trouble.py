@@ -164,7 +164,7 @@ def test_bit_exact_gate(tiny: Path, tmp_path: Path, reload: str) -> None:
     event, reason = found["local.attn=eager"]
     assert event == "stopped"
     assert "differs from the first at ref_0, prefill, position" in reason
-    assert found["local.attn=sdpa_math"] == ("skipped", f"attention stopped: {reason}")
+    assert found["local.attn=sdpa_math"] == ("blocked", f"attention stopped: {reason}")
     assert found["local.emulate_tp=2"][0] == "finished"  # other experiments go on
 
 
@@ -200,7 +200,12 @@ def test_without_its_baseline_nothing_runs(tiny: Path, tmp_path: Path) -> None:
     run(make(tmp_path / "run", tiny, start=Starts(engine=start)))
     found = states(tmp_path / "run")
     assert found["local.baseline"] == ("skipped", "no such device")
-    assert found["local.attn=eager"] == ("skipped", "the baseline of attention did not run: no such device")
+    assert found["local.attn=eager"] == ("blocked", "the baseline of attention did not run: no such device")
+    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    run(opened(tmp_path / "run"))
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
+    run(opened(tmp_path / "run"), again=True)  # what waited for the baseline runs with it
+    assert {name for name, (event, _) in states(tmp_path / "run").items() if event == "finished"} >= set(FINISHED)
 
 
 def session(
