@@ -5,14 +5,15 @@
     bench/decision.py picture -o docs/images/layers.png
 
 `reduce` keeps what the others need of two files that `bench/evidence.py replay` wrote; the others read what is kept.
-`rates` resamples prompts and windows of positions into whole verdicts, by the product's own rule and the built-in profile:
-honest claims that come out INCONSISTENT, and lies that are caught. The profile (`bench/honest.py`) holds none of these prompts.
+`rates` judges bundles made of these prompts and windows of their positions by the product's own rule and the built-in profile:
+honest claims that come out INCONSISTENT, and lies that are caught. One prompt: all of them; several: drawn with replacement.
+Among the four kernels over all layers, beside other configs over the early ones. The profile (`bench/honest.py`) holds none
+of these prompts.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def main() -> None:
     reduce_.add_argument("-o", "--output", type=Path, default=DATA)
     rates_ = commands.add_parser("rates")
     rates_.add_argument("--verdicts", type=int, default=1000, help="of each honest row")
+    rates_.add_argument("--prompts", type=int, nargs="+", default=[1, 3, 8, 24])
     rates_.add_argument("--lies", type=int, default=200, help="of each lie")
     picture_ = commands.add_parser("picture")
     picture_.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "images" / "layers.png")
@@ -120,7 +122,7 @@ def main() -> None:
     if arguments.command == "reduce":
         reduce(arguments.files, arguments.output)
     elif arguments.command == "rates":
-        print_rates(load(), arguments.verdicts, arguments.lies)
+        print_rates(load(), arguments.prompts, arguments.verdicts, arguments.lies)
     else:
         draw(load(), arguments.output)
 
@@ -237,7 +239,9 @@ class Bundles:
     def __init__(self, case: Case, profile: Profile, count: int) -> None:
         self.case, self.profile = case, profile
         direction, row = case.direction, case.direction.rows.index(case.row)
-        self.members = [name for name in direction.members if name in LINEUP or name == case.claimed]
+        # Late cells were kept for the four kernels alone; beside other members the early layers decide.
+        among = KERNELS if case.row in KERNELS and case.claimed in KERNELS else LINEUP
+        self.members = [name for name in direction.members if name in among or name == case.claimed]
         self.covered = {name for name in self.members if name not in CONTROLS and profile.covers(parse_config(name))}
         if case.claimed in CONTROLS:  # other weights or another prompt behind the words of an honest claim
             self.covered.add(case.claimed)
@@ -251,9 +255,7 @@ class Bundles:
         # (windows, members or nothing, prompts, cells): means over each window
         self.evidence = np.array([evidence[..., window].mean(-1) for window in self.windows])
         self.noise = np.array([noise[..., window].mean(-1) for window in self.windows])
-        self.known = np.flatnonzero(
-            ~np.isnan(self.evidence).any(axis=(0, 1, 2))
-        )  # late cells: kept for the kernels alone
+        self.known = np.flatnonzero(~np.isnan(self.evidence).any(axis=(0, 1, 2)))
         self._measured: dict[tuple[int, int, int], dict[Cell, float]] = {}
         self._parts: dict[tuple[int, int], Part] = {}
 
@@ -274,6 +276,13 @@ class Bundles:
             assert pool is not None
             self._parts[key] = Part(f"prompt {prompt}", alone, pool)
         return self._parts[key]
+
+    def count(self, found: Counter[str], drawn: Sequence[int], window: int) -> None:
+        """Add one bundle's outcome; ``nearest``: in the early layers, a member for which the claim holds is the nearest."""
+        verdict, distance = self.verdict(drawn, window), self.tables[window].scores(drawn, self.case.claimed).distance
+        found[verdict.verdict] += 1
+        found["nearest"] += min(distance, key=distance.__getitem__) in verdict.fits
+        found["verdicts"] += 1
 
     def verdict(self, drawn: Sequence[int], window: int) -> RowVerdict:
         """The verdict on the drawn prompts (numbers may repeat: each is a prompt of its own then)."""
@@ -307,50 +316,70 @@ class Bundles:
 
 
 def verdicts(case: Case, profile: Profile, prompts: int, count: int, wanted: int, rng: Any) -> Counter[str]:
-    """How many of ``wanted`` resampled bundles come out how; ``nearest`` counts those nearest to what is claimed."""
+    """How many of ``wanted`` resampled bundles come out how; see :meth:`Bundles.count`."""
     bundles, every = Bundles(case, profile, count), case.direction.evidence.shape[2]
     found: Counter[str] = Counter()
     for _ in range(wanted):
-        drawn = rng.integers(0, every, prompts)
-        verdict = bundles.verdict(drawn.tolist(), int(rng.integers(len(bundles.windows))))
-        found[verdict.verdict] += 1
-        found["nearest"] += verdict.nearest in verdict.fits
+        drawn = rng.integers(0, every, prompts).tolist()
+        bundles.count(found, drawn, int(rng.integers(len(bundles.windows))))
     return found
 
 
-def print_rates(directions: Sequence[Direction], honest: int, lies: int) -> None:
+def singles(case: Case, profile: Profile, count: int) -> list[Counter[str]]:
+    """The same for every prompt alone and each of its windows: nothing is drawn."""
+    bundles = Bundles(case, profile, count)
+    found: list[Counter[str]] = []
+    for prompt in range(case.direction.evidence.shape[2]):
+        found.append(Counter())
+        for window in range(len(bundles.windows)):
+            bundles.count(found[-1], [prompt], window)
+    return found
+
+
+def print_rates(directions: Sequence[Direction], sizes: Sequence[int], honest: int, lies: int) -> None:
     rng, profile = np.random.default_rng(0), built_in_profile()
     for count in (3, 16, 64):
-        for prompts in (1, 3, 8, 24):
-            print(f"\n{prompts} prompts, {count} positions", flush=True)
-            totals = {True: [0, 0], False: [0, 0]}
+        for prompts in sizes:
+            drawn = (
+                "every prompt and window"
+                if prompts == 1
+                else f"{honest} drawn for each honest case, {lies} for each lie"
+            )
+            print(f"\n{prompts} prompts, {count} positions: {drawn}", flush=True)
+            honest_by_prompt: list[list[Counter[str]]] = []
+            totals = {True: Counter[str](), False: Counter[str]()}
             for case in cases(directions):
-                wanted = honest if case.honest else lies
-                found = verdicts(case, profile, prompts, count, wanted, rng)
-                accused, passed = found["INCONSISTENT"], found["CONSISTENT"]
+                if prompts == 1:
+                    alone = singles(case, profile, count)
+                    found = sum(alone, Counter[str]())
+                    if case.honest:
+                        honest_by_prompt.append(alone)
+                else:
+                    found = verdicts(case, profile, prompts, count, honest if case.honest else lies, rng)
                 if case.honest or (case.row in KERNELS and case.claimed in KERNELS):
-                    totals[case.honest][0] += accused
-                    totals[case.honest][1] += wanted
-                low, high = interval(accused, wanted)
+                    totals[case.honest] += found
                 kind = "honest" if case.honest else "lie"
-                print(
-                    f"  {kind:<7}{case.direction.name:<13}{case.row:<22} claimed {case.claimed:<22} "
-                    f"INCONSISTENT {accused / wanted:7.3%} [{low:.2%}, {high:.2%}]  CONSISTENT {passed / wanted:7.2%}  "
-                    f"nearest {found['nearest'] / wanted:7.2%}"
+                shares = "  ".join(
+                    f"{what} {found[what] / found['verdicts']:7.2%}"
+                    for what in ("INCONSISTENT", "CONSISTENT", "nearest")
                 )
+                print(f"  {kind:<7}{case.direction.name:<13}{case.row:<22} claimed {case.claimed:<22} {shares}")
             for which, said in ((True, "all honest claims"), (False, "lies among the four kernels")):
-                low, high = interval(*totals[which])
-                share = totals[which][0] / totals[which][1]
-                print(f"  {said}: INCONSISTENT {share:.3%} [{low:.3%}, {high:.3%}] of {totals[which][1]}")
+                share = totals[which]["INCONSISTENT"] / totals[which]["verdicts"]
+                print(f"  {said}: INCONSISTENT {share:.2%} of {totals[which]['verdicts']}", end="")
+                if which and prompts == 1:
+                    low, high = over_prompts(honest_by_prompt, rng)
+                    print(f", 95 % over prompts [{low:.2%}, {high:.2%}]", end="")
+                print()
 
 
-def interval(hits: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for a share."""
-    z = 1.96
-    share = hits / trials
-    middle = share + z * z / (2 * trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, (middle - half) / (1 + z * z / trials)), min(1.0, (middle + half) / (1 + z * z / trials))
+def over_prompts(by_case: Sequence[Sequence[Counter[str]]], rng: Any, draws: int = 10_000) -> tuple[float, float]:
+    """A bootstrap interval for the share of INCONSISTENT: prompts are drawn whole, with all their cases and windows."""
+    accused = np.array([[found["INCONSISTENT"] for found in case] for case in by_case]).sum(axis=0)
+    every = np.array([[found["verdicts"] for found in case] for case in by_case]).sum(axis=0)
+    drawn = rng.integers(0, len(accused), (draws, len(accused)))
+    low, high = np.quantile(accused[drawn].sum(axis=1) / every[drawn].sum(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def accuracy(directions: Sequence[Direction], cell: str, count: int) -> float:

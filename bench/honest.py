@@ -150,8 +150,8 @@ def build_profile(honest: Honest, prompts: Collection[int] | None = None) -> Pro
 
 def print_rates(honest: Honest) -> None:
     """Honest single prompts rejected by the lanes at α, by row and number of positions, out of sample."""
-    rejected = np.zeros((len(honest.rows), len(COUNTS)))
-    trials = np.zeros_like(rejected)
+    rejected_by_prompt = np.zeros((len(honest.rows), len(COUNTS), len(honest.prompts())))
+    trials_by_prompt = np.zeros_like(rejected_by_prompt)
     for fold in range(FOLDS):
         held = [prompt for prompt in honest.prompts() if prompt % FOLDS == fold]
         rest = [prompt for prompt in honest.prompts() if prompt % FOLDS != fold]
@@ -164,17 +164,23 @@ def print_rates(honest: Honest) -> None:
                             continue
                         p = [pool.p_floors(floors), pool.p_margin(margin)]
                         p += [pool.p_noise(noise)] if noise == noise else []
-                        rejected[row, column] += LANES * min(p) <= ALPHA
-                        trials[row, column] += 1
+                        rejected_by_prompt[row, column, prompt] += LANES * min(p) <= ALPHA
+                        trials_by_prompt[row, column, prompt] += 1
     print(
         f"honest single prompts rejected at {ALPHA:g}, of {len(honest.prompts())} prompts; columns: positions {COUNTS}"
     )
+    rejected, trials = rejected_by_prompt.sum(axis=-1), trials_by_prompt.sum(axis=-1)
     for row, name in enumerate(honest.rows):
         print(f"  {name:<36}" + "".join(f"{x:9.2%}" for x in rejected[row] / trials[row]))
+    by_prompt = rejected_by_prompt.sum(axis=0), trials_by_prompt.sum(axis=0)  # (counts, prompts)
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(honest.prompts()), (2000, len(honest.prompts())))
     for column, count in enumerate(COUNTS):
-        hits, of = int(rejected[:, column].sum()), int(trials[:, column].sum())
-        low, high = decision.interval(hits, of)
-        print(f"  all rows, {count:2} positions: {hits / of:.2%} [{low:.2%}, {high:.2%}] of {of}")
+        hits, of = (each[column] for each in by_prompt)
+        low, high = np.quantile(hits[drawn].sum(axis=1) / of[drawn].sum(axis=1), [0.025, 0.975])
+        print(
+            f"  all rows, {count:2} positions: {hits.sum() / of.sum():.2%}, 95 % over prompts [{low:.2%}, {high:.2%}]"
+        )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ NOTES = """
 - Activation-DiFR's 2 and 8 numbers are one fixed projection of the last hidden state in bf16; ours with k numbers is the
   same idea at blocks 1, 2 and 4 (hidden 1 and 2, keys 2 and 4), in fp16, beside a lineup.
 - fp16 rounds less than bf16: at the last layer its evidence lies *nearer*, an AUC under 0.5. Ours has a lane for that.
-- Ours in its own favour: its layers were chosen on these recordings, and at its own level the built-in profile knows these
-  prompts. The others are as published. `SNR rule moved to block 1` shows how much is the layer alone.
+- Ours in its own favour: its layers were chosen on these recordings. The built-in profile knows none of these prompts. The
+  others are as published. `SNR rule moved to block 1` shows how much is the layer alone.
 - B/token of ours counts what the score reads; a bundle holds more layers and the logprobs.
 """
 

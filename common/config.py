@@ -174,8 +174,8 @@ class Claim(msgspec.Struct, frozen=True):
     assertions: dict[str, str | int | bool]
 
     def holds_for(self, config: ExecutionConfig) -> bool:
-        """Whether every assertion is true of ``config``."""
-        return all(getattr(config, field) == value for field, value in self.assertions.items())
+        """Whether every assertion is true of ``config``. What vLLM takes by itself (``attn=auto``) may be any of its kernels."""
+        return all(_holds(field, value, getattr(config, field)) for field, value in self.assertions.items())
 
     def applied_to(self, config: ExecutionConfig) -> ExecutionConfig:
         """``config`` with the asserted fields set: what the claim says was run."""
@@ -200,6 +200,12 @@ def parse_config(spec: str, base: ExecutionConfig | None = None) -> ExecutionCon
     default: ``auto`` for vllm, ``sdpa`` for transformers.
     """
     return _changed(base or ExecutionConfig(), _parse_assignments(spec, "config"))
+
+
+def _holds(field: str, asserted: object, value: object) -> bool:
+    if field == "attention" and "auto" in (asserted, value):
+        return is_vllm_attention(str(asserted)) and is_vllm_attention(str(value))
+    return asserted == value
 
 
 def is_vllm_attention(attention: str) -> bool:

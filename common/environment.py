@@ -73,6 +73,11 @@ def describe_environment(overlay: Mapping[str, str] | None = None) -> Environmen
     )
 
 
+def cpu_flags() -> tuple[str, ...]:
+    """This CPU's vector extensions by Linux's names, e.g. avx2 and avx512f; empty where they are not known."""
+    return _cpu()[1]
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that decide numerics, those that are installed."""
     versions: dict[str, str] = {}

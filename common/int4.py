@@ -60,9 +60,10 @@ def pack_awq(levels_NK: Levels, zeros_NG: Levels, scales_NG: Floats) -> dict[str
 
 
 def unpack_awq(tensors: Mapping[str, Array]) -> Floats:
-    """The weight (N, K) that AWQ's tensors stand for."""
-    levels, zeros = (unpack_nibbles(tensors[name], AWQ_ORDER).T for name in ("qweight", "qzeros"))
-    return _dequantize(levels, zeros, tensors["scales"].T, _even_groups(levels, tensors["scales"].T))
+    """The weight (N, K) that AWQ's tensors stand for. Raises :class:`ValueError` where they do not fit each other."""
+    levels, scales = unpack_nibbles(tensors["qweight"], AWQ_ORDER).T, tensors["scales"].T
+    group_of_input = _even_groups(levels, scales)
+    return _dequantize(levels, unpack_nibbles(tensors["qzeros"], AWQ_ORDER).T, scales, group_of_input)
 
 
 def pack_gptq(levels_NK: Levels, scales_NG: Floats) -> dict[str, Array]:  # noqa: N803
@@ -78,10 +79,19 @@ def pack_gptq(levels_NK: Levels, scales_NG: Floats) -> dict[str, Array]:  # noqa
 
 
 def unpack_gptq(tensors: Mapping[str, Array]) -> Floats:
-    """The weight (N, K) that GPTQ's tensors stand for, with any order of groups (``desc_act``) and any zero points."""
+    """The weight (N, K) that GPTQ's tensors stand for, with any order of groups (``desc_act``) and any zero points.
+
+    Raises :class:`ValueError` where they do not fit each other.
+    """
     levels = unpack_nibbles(tensors["qweight"].T)
     zeros = (unpack_nibbles(tensors["qzeros"]).T + 1) & 15
-    return _dequantize(levels, zeros, tensors["scales"].T, tensors["g_idx"])
+    group_of_input, groups = tensors["g_idx"], tensors["scales"].shape[0]
+    if group_of_input.shape != (levels.shape[1],):
+        raise ValueError(f"g_idx has shape {group_of_input.shape} for {levels.shape[1]} inputs")
+    outside = group_of_input[(group_of_input < 0) | (group_of_input >= groups)]
+    if outside.size:
+        raise ValueError(f"g_idx names group {int(outside[0])}; scales holds {groups} groups")
+    return _dequantize(levels, zeros, tensors["scales"].T, group_of_input)
 
 
 def pack_compressed(levels_NK: Levels, scales_NG: Floats) -> dict[str, Array]:  # noqa: N803
@@ -95,12 +105,16 @@ def pack_compressed(levels_NK: Levels, scales_NG: Floats) -> dict[str, Array]:  
 
 def _even_groups(levels_NK: Array, scales_NG: Array) -> Levels:  # noqa: N803
     inputs, groups = levels_NK.shape[1], scales_NG.shape[1]
+    if groups == 0 or inputs == 0 or inputs % groups:
+        raise ValueError(f"scales holds {groups} groups, which do not divide {inputs} inputs evenly")
     even: Levels = (np.arange(inputs) // (inputs // groups)).astype(np.int32)
     return even
 
 
 def _dequantize(levels: Levels, zeros: Levels, scales: Array, group_of_input: Levels) -> Floats:
     """(N, K) float32: exact, since a level of four bits times a scale of eleven fits."""
+    if zeros.shape != scales.shape or scales.shape[0] != levels.shape[0]:
+        raise ValueError(f"qzeros is of shape {zeros.shape}, scales {scales.shape}, for {levels.shape[0]} outputs")
     whole: Floats = (levels - zeros[:, group_of_input]).astype(np.float32)
     whole *= scales.astype(np.float32)[:, group_of_input]
     return whole

@@ -80,7 +80,10 @@ def resolve_model(
         near = did_you_mean(target, {embedded.SMOLLM2, *own})
         joined = f"{near} Or" if near.endswith("?") else f"{near}; or"
         hint = f"{joined} give a folder, or a Hugging Face id 'organization/name'"
-        raise UsageError(f"unknown model {shorten(target)!r}: no such folder, and not a Hugging Face id", hint)
+        what = (
+            f"model {shorten(name)!r} is {shorten(target)!r}" if name in own else f"unknown model {shorten(target)!r}"
+        )
+        raise UsageError(f"{what}: no such folder, and not a Hugging Face id", hint)
     return _from_hub(name, target, revision, allow_download)
 
 

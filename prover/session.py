@@ -5,7 +5,6 @@ Each config runs in its own worker process. Nothing is left behind unless the wh
 
 from __future__ import annotations
 
-import itertools
 import re
 import secrets
 import statistics
@@ -17,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from fpforensics.common.bundle import BundleWriter
 from fpforensics.common.config import ExecutionConfig, config_id
@@ -33,7 +31,6 @@ from fpforensics.common.prompts import DEFAULT_INSTRUCTION, build_references, re
 from fpforensics.common.sampling import check_sampling
 from fpforensics.common.signals import (
     LAST,
-    PHASES,
     CapturePlan,
     Divergence,
     Reference,
@@ -43,6 +40,7 @@ from fpforensics.common.signals import (
 )
 from fpforensics.common.strict import Limits
 from fpforensics.common.words import counted
+from fpforensics.prover.noise import widen
 
 MAX_REPETITIONS = 100
 MAX_TEMPERATURE = 1000
@@ -278,7 +276,7 @@ def _repeat(
             )
         if differing:
             divergence = divergence or differing[0]
-            _widen(noise, first, traces)
+            widen(noise, first, traces)
     return (
         Repetitions(
             count=plan.repetitions,
@@ -291,22 +289,3 @@ def _repeat(
         ),
         traces,
     )
-
-
-def _widen(noise: dict[str, float], first: Sequence[Trace], again: Sequence[Trace]) -> None:
-    """Raise ``noise[phase/tensor]`` to the mean L2 distance between two repetitions where it is larger.
-
-    Only references whose tokens agree are compared: after a diverging token the inputs differ, not the arithmetic.
-    """
-    for (a, b), phase in itertools.product(zip(first, again, strict=True), PHASES):
-        if phase == "decode" and not np.array_equal(a.output_ids, b.output_ids):
-            continue
-        left, right = a.phase(phase).tensors(), b.phase(phase).tensors()
-        for name in left:
-            if name in ("positions", "logprob_ids", "logits") or not len(left[name]):
-                continue
-            if name == "logprobs" and not np.array_equal(left["logprob_ids"], right["logprob_ids"]):
-                continue
-            gap = (left[name].astype(np.float64) - right[name].astype(np.float64)).reshape(len(left[name]), -1)
-            size = float(np.linalg.norm(gap, axis=1).mean())
-            noise[f"{phase}/{name}"] = max(noise.get(f"{phase}/{name}", 0.0), size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,9 @@ def tiny(folder: Path, kind: Kind) -> Path:
 @contextmanager
 def opened(path: Path, spec: str) -> Iterator[Engine]:
     """An engine in this process."""
+    # vLLM collects garbage several times an engine: what is imported by now is not walked each time.
+    gc.collect()
+    gc.freeze()
     engine = open_engine(parse_config(f"model=tiny,{spec}"), Host(device="cpu", models={"tiny": str(path)}))
     try:
         yield engine

@@ -32,13 +32,14 @@ from fpforensics.common.evidence import Row
 from fpforensics.common.models import resolve_model, vocab_size, weights_digest
 from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.collector import ANCHOR_PREFIX, Checked, Collector, MemberReport
-from fpforensics.verifier.coverage import cover, scopes_of
-from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows, decide_row
+from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows
 from fpforensics.verifier.environment_diff import Difference, compare_environments, fields_under_test
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import MatrixReport, build_matrices
 from fpforensics.verifier.measured import MeasuredProfile
-from fpforensics.verifier.replay import Member, Report, anchor_of, on_transformers, run_lineup
+from fpforensics.verifier.replay import OTHER_KERNELS, Member, Report, anchor_of, on_transformers, run_lineup
+from fpforensics.verifier.row import verdict_on
+from fpforensics.verifier.vouch import vouched
 
 # Quantized formats with products of their own, which no other path replaces.
 OWN_MATMUL = ("bnb-int8",)
@@ -143,31 +144,15 @@ def check_bundle(
     verifier_environment = describe_environment(host.env)
     lineup = [each for each in collected.reports if not each.id.startswith(ANCHOR_PREFIX)]
     classes = collected.kernel_classes()
-    coverage = {
-        each.label: cover(
-            collected,
-            each,
-            plan.profile,
-            scopes_of(collected, each, bundle.evidence.environment, verifier_environment, plan.mode),
-        )
-        for each in checked
-    }
     verdicts = tuple(
-        decide_row(
-            config_id=each.label,
-            claim=str(each.claim),
-            members=collected.members_of(each),
-            noise=collected.noise_floor(each),
-            kernel_classes=classes,
-            identity_only=each.claim.assertions.keys() <= {"model"},
-            calibration=coverage[each.label].calibration,
-            uncalibrated=collected.lacking(each),
-            setting=collected.setting(each, verifier_environment, plan.mode),
-            not_replayed=[report.id for report in lineup if report.skipped and not each.claim.holds_for(report.config)],
+        vouched(
+            verdict_on(each, collected, plan.profile, plan.mode, verifier_environment),
+            each,
+            lineup,
+            named=bool(plan.claim),
         )
         for each in checked
     )
-    verdicts = tuple(coverage[row.config_id].noted(row) for row in verdicts)
     return CheckResult(
         bundle_digest=bundle.digest,
         signer=bundle.signer.keyid,
@@ -343,7 +328,15 @@ def _alternatives(first: ExecutionConfig, plan: CheckPlan) -> list[ExecutionConf
     configs = [parse_config(spec, first) for spec in specs]
     for field in parse_claim(plan.claim).assertions if plan.claim else ():
         values = [parse_config(spec, first) for spec in COUNTER_VALUES.get(field, ())]
+        if field == "backend" and first.backend == "vllm":
+            values = [on_transformers(first)]
         configs += [config for config in values if config != first][:1]
+    if (
+        first.backend == "vllm" and "backend" not in plan.using
+    ):  # the same weights by other kernels: only vLLM tells them apart
+        pairs: dict[str, str] = {**OTHER_KERNELS, **{plain: other for other, plain in OTHER_KERNELS.items()}}
+        pair = pairs.get(first.quantization)
+        configs += [parse_config(f"quant={pair}", first)] if pair else []
     return configs
 
 

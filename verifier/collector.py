@@ -69,6 +69,11 @@ class Collector:
         """``sha256:<hex>`` of the bundle."""
         return self._bundle.digest
 
+    @property
+    def environment(self) -> Environment:
+        """What the bundle states of its machine and software."""
+        return self._bundle.evidence.environment
+
     def add(self, replay: MemberReplay) -> None:
         """Measure one member's replay against every row it replayed."""
         member = replay.member
@@ -128,12 +133,13 @@ class Collector:
             one.reference_id: trace_distances(one, other) for one, other in zip(ours, anchor, strict=True)
         }
 
-    def scores(self, each: Checked) -> Scores | None:
+    def scores(self, each: Checked, factors: Mapping[Cell, float] | None = None) -> Scores | None:
         """One row's scores in the early layers; None where there is no anchor, or the evidence lacks them.
 
-        The unit is the prompt: a reference that repeats an earlier one's prompt does not count.
+        The unit is the prompt: a reference that repeats an earlier one's prompt does not count. ``factors`` raise the claimed
+        config's noise floors.
         """
-        return self._scores(each, self._distinct(), PHASES)
+        return self._scores(each, self._distinct(), PHASES, factors or {})
 
     def parts(self, each: Checked) -> dict[str, Scores]:
         """The same of each prompt alone and of each phase alone, where there are several: a lie in one must not hide among the rest."""
@@ -144,7 +150,7 @@ class Collector:
         named = (named if len(prompts) > 1 else []) + [
             (phase, prompts, (phase,)) for phase in phases if len(phases) > 1
         ]
-        found = {name: self._scores(each, references, of) for name, references, of in named}
+        found = {name: self._scores(each, references, of, {}) for name, references, of in named}
         return {name: scores for name, scores in found.items() if scores is not None}
 
     def _distinct(self) -> list[str]:
@@ -152,7 +158,9 @@ class Collector:
         first = {entry.prompt_ids.sha256: entry.id for entry in reversed(self._bundle.evidence.references)}
         return list(reversed(first.values()))
 
-    def _scores(self, each: Checked, prompts: Sequence[str], phases: Sequence[Phase]) -> Scores | None:
+    def _scores(
+        self, each: Checked, prompts: Sequence[str], phases: Sequence[Phase], factors: Mapping[Cell, float]
+    ) -> Scores | None:
         if each.anchor is None or (each.label, each.anchor) not in self._noise:
             return None
         distances = {
@@ -165,6 +173,11 @@ class Collector:
             for name, config in self._configs.items()
             if (each.label, config) in self._noise and config != each.anchor
         }
+        if factors and each.label in own:
+            own[each.label] = {
+                reference: {cell: distance * factors.get(cell, 1.0) for cell, distance in cells.items()}
+                for reference, cells in own[each.label].items()
+            }
         return score(
             claimed=each.label,
             distances=distances,
@@ -243,7 +256,8 @@ def _contradicts_by_dtype(claim: Claim, config: ExecutionConfig) -> bool:
 def kind_of(config: ExecutionConfig) -> str:
     """What the profile's margins were measured between: configs that differ in anything else are of one kind."""
     attention = "sdpa" if config.attention.startswith("sdpa") else config.attention
-    fields = (config.model, config.dtype, config.quantization, attention, config.emulate_tensor_parallel)
+    ranks = config.emulate_tensor_parallel, config.tensor_parallel
+    fields = (config.model, config.dtype, config.quantization, attention, config.kv_cache, *ranks)
     return "/".join(map(str, fields))
 
 

@@ -21,6 +21,7 @@ from fpforensics.common.words import counted
 from fpforensics.verifier.calibrated import Calibration, Part
 from fpforensics.verifier.collector import Checked, Collector, kind_of, position_counts
 from fpforensics.verifier.decision import RowVerdict
+from fpforensics.verifier.distance import Cell
 from fpforensics.verifier.lanes import ALPHA, LANES
 from fpforensics.verifier.measured import Measured, MeasuredProfile
 from fpforensics.verifier.profile import Pool, built_in_digest, built_in_profile
@@ -56,10 +57,14 @@ class Coverage:
 
 
 def cover(
-    collected: Collector, each: Checked, profile: MeasuredProfile | None, scopes: Mapping[str, Scope]
+    collected: Collector,
+    each: Checked,
+    profile: MeasuredProfile | None,
+    scopes: Mapping[str, Scope],
+    factors: Mapping[Cell, float] | None = None,
 ) -> Coverage:
-    """What judges one row, given the scope of every member (:func:`scopes_of`)."""
-    scores = collected.scores(each)
+    """What judges one row, given the scope of every member (:func:`scopes_of`); ``factors`` as in :meth:`Collector.scores`."""
+    scores = collected.scores(each, factors)
     if scores is None:
         unused = "" if profile is None else f"profile {profile.content.name} needs the early layers and an anchor"
         return Coverage(unused=unused)
@@ -92,6 +97,7 @@ def scopes_of(
             verifier=here,
             mode=mode,  # type: ignore[arg-type]
             matmul=report.runs_as.matmul,
+            backend=report.runs_as.backend,
         )
         for report in collected.reports
         if report.facts is not None

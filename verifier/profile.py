@@ -64,12 +64,12 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def far(self) -> float:
         """The distance that one prompt in as many as the pool holds exceeds."""
-        return self.floors[-1 - len(self.floors) // self.prompts]
+        return self.floors[-1 - (len(self.floors) - 1) // self.prompts]
 
     @property
     def least_margin(self) -> float:
         """The margin that one prompt in as many as the pool holds falls below."""
-        return self.margin[len(self.margin) // self.prompts]
+        return self.margin[(len(self.margin) - 1) // self.prompts]
 
     def _p(self, share: float) -> float:
         return (1 + self.prompts * share) / (self.prompts + 1)

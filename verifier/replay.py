@@ -62,8 +62,8 @@ def anchor_of(config: ExecutionConfig) -> ExecutionConfig | None:
     """
     if config.dtype not in WIDER or (config.dtype == "fp32" and config.quantization != "none"):
         return None
-    _, quantization = weights_of(config)
-    if config.backend == "vllm" and quantization not in WEIGHT_ONLY:
+    quantization = OTHER_KERNELS.get(config.quantization, config.quantization)
+    if config.backend == "vllm" and (quantization not in WEIGHT_ONLY or _quantized_by_rank(config)):
         return None
     return ExecutionConfig(
         model=config.model,
@@ -75,11 +75,16 @@ def anchor_of(config: ExecutionConfig) -> ExecutionConfig | None:
 def on_transformers(config: ExecutionConfig) -> ExecutionConfig:
     """What transformers runs in place of a config of vLLM: the same weights and dtype, sdpa, ranks as partial sums.
 
-    What is left out (which of vLLM's kernels, batch, graphs, a quantized KV cache) is not told apart by such a replay. Formats that
+    What is left out (which of vLLM's kernels, batch, graphs) is not told apart by such a replay (:mod:`fpforensics.verifier.vouch`). Formats and KV caches that
     only vLLM multiplies stay as they are, and are refused as anywhere.
     """
-    _, quantization = weights_of(config)
-    if config.backend != "vllm" or quantization not in WEIGHT_ONLY:
+    quantization = OTHER_KERNELS.get(config.quantization, config.quantization)
+    if (
+        config.backend != "vllm"
+        or quantization not in WEIGHT_ONLY
+        or config.kv_cache != "auto"
+        or _quantized_by_rank(config)
+    ):
         return config
     return ExecutionConfig(
         model=config.model,
@@ -91,9 +96,17 @@ def on_transformers(config: ExecutionConfig) -> ExecutionConfig:
     )
 
 
-def weights_of(config: ExecutionConfig) -> tuple[str, Quantization]:
+def weights_of(config: ExecutionConfig) -> tuple[str, str]:
     """(model, quantization): configs of the same pair multiply by the same numbers."""
-    return config.model, OTHER_KERNELS.get(config.quantization, config.quantization)
+    quantization: str = OTHER_KERNELS.get(config.quantization, config.quantization)
+    return config.model, f"{quantization} over {config.tensor_parallel} ranks" if _quantized_by_rank(
+        config
+    ) else quantization
+
+
+def _quantized_by_rank(config: ExecutionConfig) -> bool:
+    """Whether each rank quantized its own share while loading: then scales depend on the number of ranks."""
+    return config.tensor_parallel > 1 and config.quantization in ("torchao-int8", "bnb-nf4", "fp8")
 
 
 def run_lineup(

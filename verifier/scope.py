@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from fpforensics.common.config import ExecutionConfig, Matmul, config_id
+from fpforensics.common.config import Backend, ExecutionConfig, Matmul, config_id
 from fpforensics.common.engines.base import EngineFacts, ReplayMode
 from fpforensics.common.environment import Environment
 from fpforensics.common.errors import shorten
@@ -32,7 +32,7 @@ DETAILS = (
     "MKL_CBWR",
 )
 """The engine's numerics that belong to a machine and not to a config."""
-LIBRARIES = ("torch", "transformers")
+LIBRARIES = ("torch", "transformers", "vllm")
 X86 = "x86 CPU"
 _CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _SHOWN = 100
@@ -48,13 +48,14 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``config`` with the digest of its weights; ``matmul`` is the path of products of the replay."""
+    """``config`` with the digest of its weights; ``matmul`` and ``backend`` are the replay's path of products and engine."""
 
     config: ExecutionConfig
     prover: Platform
     verifier: Platform
     mode: ReplayMode
     matmul: Matmul
+    backend: Backend = "transformers"
 
     @property
     def label(self) -> str:
@@ -91,6 +92,7 @@ def differences(measured: Scope, found: Scope) -> Iterator[str]:
         ("verifier hardware", measured.verifier.hardware, found.verifier.hardware),
         ("replay mode", measured.mode, found.mode),
         ("replay's products", measured.matmul, found.matmul),
+        ("replay's engine", measured.backend, found.backend),
     )
     yield from (_differ(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs)
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -27,7 +28,8 @@ from fpforensics.common.signals import CapturePlan, Forcing, Reference, Sampling
 
 _KEPT_LINES = 50
 _POLL_MILLISECONDS = 100
-_CLOSE_SECONDS = 5.0
+_CLOSE_SECONDS = 20.0  # vLLM gives its ranks two graces of about 4 seconds
+_REAP_SECONDS = 5.0
 
 Cancelled = Callable[[], bool]
 
@@ -58,6 +60,9 @@ class RemoteEngine:
         self._listener.start()
         try:
             loaded = self._ask(wire.Load(config, host))
+        except Error:
+            self.close()
+            raise
         except BaseException:
             self._kill()
             raise
@@ -96,16 +101,20 @@ class RemoteEngine:
         return reply.facts
 
     def close(self) -> None:
-        """End the worker and wait for it; a worker that does not end by itself is killed. May be called
-        twice.
+        """Ask the worker to end and wait for it; what has not ended in time is killed. May be called twice.
+
+        Asked, not killed: ranks and their helpers remove their shared memory only when they end by themselves.
         """
         if self._process.returncode is not None and self._channel.fileno() < 0:
             return
-        # Not a polite message: the closed socket is the end of the stream and the worker's watcher acts on it
-        # at once.
-        self._channel.close()
+        until = time.monotonic() + _CLOSE_SECONDS
         try:
-            self._process.wait(_CLOSE_SECONDS)
+            with contextlib.suppress(OSError):
+                self._channel.settimeout(_CLOSE_SECONDS)
+                wire.send(self._channel, wire.Close())
+            self._process.wait(max(0.0, until - time.monotonic()))
+            # The listener ends with the last of the group: they all write to the same pipe.
+            self._listener.join(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             pass
         finally:
@@ -158,7 +167,7 @@ class RemoteEngine:
 
     def _crashed(self) -> Error:
         try:
-            self._process.wait(_CLOSE_SECONDS)
+            self._process.wait(_REAP_SECONDS)
         except subprocess.TimeoutExpired:
             pass
         finally:
@@ -177,12 +186,20 @@ class RemoteEngine:
         return ReplayError(f"the engine's worker {how}", f"its last words: {last}" if last else "it said nothing")
 
     def _kill(self) -> None:
-        """End the worker's whole process group and reap it."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._channel.close()
-        self._listener.join(_CLOSE_SECONDS)
+        """Kill the worker, then what is left of its process group, and reap it.
+
+        Ranks end with the worker, and Python's tracker then removes the shared memory that it left: both get a moment.
+        """
+        try:
+            self._process.kill()
+            self._process.wait()
+            self._listener.join(_REAP_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._channel.close()
+            self._listener.join(_REAP_SECONDS)
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -59,7 +59,7 @@ def dequantized_state(path: Path, method: str, dtype: torch.dtype) -> dict[str, 
             weight = unpack(parts.pop(module))
         except (KeyError, ValueError, IndexError) as error:
             raise UsageError(
-                f"the {method} weight {shorten(module)!r} in {path} is incomplete or malformed: {shorten(repr(error), 120)}",
+                f"the {method} weight {shorten(module)!r} in {path} is incomplete or malformed: {shorten(repr(error), 160)}",
                 "fetch the checkpoint again",
             ) from error
         state[f"{module}.weight"] = torch.from_numpy(weight).to(dtype)

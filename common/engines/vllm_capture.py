@@ -21,7 +21,7 @@ from fpforensics.common.engines.transformers_capture import log_probabilities, t
 from fpforensics.common.engines.vllm_jobs import Job, Report, Rows, Task
 from fpforensics.common.engines.vllm_taps import Taps
 from fpforensics.common.sampling import choose
-from fpforensics.common.signals import Array
+from fpforensics.common.signals import PHASES, Array, Phase
 
 _ROWS_AT_ONCE = 64
 
@@ -42,6 +42,7 @@ class Recorder:
         self._computed = dict.fromkeys(self._tasks, 0)
         self._claimed_RK, self._claimed_row = _claims(job.tasks, device)
         self._steps: list[tuple[int, int]] = []
+        self._phases: set[Phase] = set()
         self._failed = self._hint = ""
         self._step: _Step | None = None
         self._states: torch.Tensor | None = None
@@ -59,6 +60,7 @@ class Recorder:
         for index, (request_id, start, length) in enumerate(zip(request_ids, starts, lengths, strict=True)):
             task = self._tasks[request_id.partition("-")[0]]
             start, length = int(start), int(length)
+            self._phases.add("prefill" if start < len(task.fed_ids) else "decode")
             if start != self._computed[task.key] and not self._failed:
                 self._failed = f"{task.reference_id} was interrupted at position {self._computed[task.key]}"
                 self._hint = "the KV cache is too small for the batch: use fewer or shorter references, or more memory"
@@ -123,6 +125,7 @@ class Recorder:
             pipeline_rank=pipeline_rank,
             tensor_rank=tensor_rank,
             steps=self._steps,
+            phases=[phase for phase in PHASES if phase in self._phases],
             rows=list(rows.values()),
             failed=failed,
             hint=hint,

@@ -7,9 +7,11 @@ differ, it is said here.
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fpforensics.common.config import ExecutionConfig
@@ -66,6 +68,13 @@ def is_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+def gpu_count() -> int:
+    """How many GPUs this process sees."""
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def attention_options(config: ExecutionConfig) -> dict[str, Any]:
@@ -191,6 +200,13 @@ def free(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def unname_shared_memory(folder: Path = Path("/dev/shm")) -> None:  # noqa: S108
+    """On a CPU, take the names off the memory that ranks share, once all of them hold it: vLLM itself leaves them behind."""
+    if instance := os.environ.get("VLLM_DIST_IDENT"):
+        for path in folder.glob(f"{glob.escape(instance)}-*-cpushm_*"):
+            path.unlink(missing_ok=True)
 
 
 def token_prompt(ids: Sequence[int]) -> Any:

@@ -83,8 +83,12 @@ class VllmEngine:
         with explained(config, self._device):
             self._core: Any = start(config, checkpoint.path, self._device)
             VllmEngine._open = True
-            self._ranks = [unpack(data, WorkerFacts) for data in self._core.collective_rpc("evidence_facts")]
-            require_kernels(self.config, self._ranks)
+            try:
+                self._ranks = [unpack(data, WorkerFacts) for data in self._core.collective_rpc("evidence_facts")]
+                require_kernels(self.config, self._ranks)
+            except BaseException:
+                self.close()
+                raise
         self.vocab_size = self._ranks[0].vocab_size
         self._max_length = int(self._core.vllm_config.model_config.max_model_len)
         self._budget = int(self._core.vllm_config.scheduler_config.max_num_batched_tokens)
@@ -187,7 +191,7 @@ class VllmEngine:
             with explained(self.config, self._device):
                 outputs, reports = self._drive(job, {task.key: group[0].count for task in tasks}, group, finished)
             self._check(reports, len(tasks), together)
-            self._schedule.add(reports[0].steps, steps)
+            self._schedule.add(reports[0], steps)
             for run in group:
                 output_ids = outputs[run.task.key] if run.output_ids is None else run.output_ids
                 traces.append(

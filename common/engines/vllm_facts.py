@@ -20,6 +20,7 @@ _VARIABLES = (
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
     "CUBLAS_WORKSPACE_CONFIG",
+    "VLLM_CPU_INT4_W4A8",
     "VLLM_DISABLED_KERNELS",
     "VLLM_USE_TRITON_AWQ",
 )
@@ -84,6 +85,7 @@ def _quantized(model: nn.Module) -> Counter[str]:
             continue
         scheme = getattr(module, "scheme", None)
         parts = [name, type(scheme).__name__ if scheme is not None else "", _kernel(method) or _kernel(scheme)]
+        parts += ["int8 activations"] if getattr(module, "use_w4a8", False) else []  # on CPUs with AMX
         found[" ".join(filter(None, parts))] += 1
     return found
 

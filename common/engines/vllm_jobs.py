@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from fpforensics.common.engines import wire
-from fpforensics.common.signals import Array, Sampling
+from fpforensics.common.signals import Array, Phase, Sampling
 
 T = TypeVar("T")
 
@@ -58,12 +58,14 @@ class Rows(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one rank says of a job. ``failed`` is empty, or why its rows are no evidence.
 
-    ``steps`` are (requests, tokens) of each forward.
+    ``steps`` are (requests, tokens) of each forward; ``phases`` says whether fed tokens (prefill) and made ones
+    (decode) were among them.
     """
 
     pipeline_rank: int
     tensor_rank: int
     steps: list[tuple[int, int]]
+    phases: list[Phase]
     rows: list[Rows]
     failed: str = ""
     hint: str = ""

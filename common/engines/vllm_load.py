@@ -11,7 +11,7 @@ from typing import Any
 
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines import vllm_compat as compat
-from fpforensics.common.engines.vllm_rules import check_device
+from fpforensics.common.engines.vllm_rules import check_device, check_ranks
 from fpforensics.common.errors import Error, ReplayError, UsageError
 from fpforensics.common.models import context_length, read_config
 
@@ -60,6 +60,7 @@ def prepare_imports(config: ExecutionConfig, wanted: str) -> str:
             f"use --device {device}, or give --python one with the other vLLM",
         )
     check_device(config, device)
+    check_ranks(config, device, compat.gpu_count() if device == "cuda" else None)
     return device
 
 
@@ -113,7 +114,9 @@ def engine_options(config: ExecutionConfig, path: Path, device: str) -> dict[str
     if device == "cpu":
         rows = min(sequences, _CPU_SEQUENCES) if together else config.batch_size
         tokens = rows * length + (sequences + 2) * _BLOCK
-        options["kv_cache_memory_bytes"] = tokens * _token_bytes(config, path) // config.tensor_parallel
+        of_one_rank = tokens * _token_bytes(config, path) // config.tensor_parallel
+        _require_memory(config, of_one_rank * ranks)
+        options["kv_cache_memory_bytes"] = of_one_rank
     else:
         options["gpu_memory_utilization"] = _gpu_memory()
     return options
@@ -140,6 +143,27 @@ def _gpu_memory() -> float:
     if not 0.0 < share <= 1.0:
         raise UsageError(f"{GPU_MEMORY_VARIABLE}={text!r}", "a number above 0 and at most 1")
     return share
+
+
+def _require_memory(config: ExecutionConfig, wanted: int) -> None:
+    """Raise :class:`ReplayError` for a KV cache, over all ranks, that would take more than half of what this machine has left."""
+    available = available_memory()
+    if wanted > available // 2:
+        batch = config.batch_size or "auto"
+        raise ReplayError(
+            f"a KV cache of {wanted} bytes, where half of the {available} available may be taken: "
+            f"out of memory on cpu: model {config.model}, dtype={config.dtype}, batch={batch}",
+            "use a smaller model or batch, a checkpoint with a shorter context, or another device",
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that this machine can give without swapping; all of it where Linux does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _token_bytes(config: ExecutionConfig, path: Path) -> int:

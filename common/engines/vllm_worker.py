@@ -69,5 +69,6 @@ class EvidenceWorker(compat.platform_worker()):  # type: ignore[misc]
         self._taps.remove()
 
     def evidence_facts(self) -> bytes:
-        """What this rank resolved (:class:`WorkerFacts`)."""
+        """What this rank resolved (:class:`WorkerFacts`); asked when every rank has started."""
+        compat.unname_shared_memory()
         return pack(worker_facts(self.model_runner, self.vllm_config))

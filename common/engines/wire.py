@@ -64,6 +64,10 @@ class GetFacts(_Message, frozen=True):
     """Answered by ``Facts``."""
 
 
+class Close(_Message, frozen=True):
+    """Close the engine and end; answered by nothing but the end of the process."""
+
+
 class Loaded(_Message, frozen=True):
     """The model is ready; ``config`` has its weights digest filled in."""
 
@@ -110,7 +114,7 @@ class Failed(_Message, frozen=True):
         return error
 
 
-Request = Load | Generate | TeacherForce | GetFacts
+Request = Load | Generate | TeacherForce | GetFacts | Close
 Reply = Loaded | Progressed | Traces | Facts | Failed
 
 

@@ -1,6 +1,7 @@
 """The worker's main: one execution config in a process of its own, driven over a socket that it inherited.
 
-``python -m fpforensics.common.engines.worker --fd N``. It ends when the parent closes the socket or dies.
+``python -m fpforensics.common.engines.worker --fd N``. It ends when it is asked to, and is killed with its whole process group
+when the parent closes the socket or dies.
 Standard output and standard error are for people; nothing is read from them.
 """
 
@@ -30,7 +31,7 @@ _QUIET = {
 
 
 def main(arguments: list[str]) -> int:
-    """Serve requests on the inherited socket until it is closed."""
+    """Serve requests on the inherited socket until one says that it was the last."""
     if len(arguments) != 2 or arguments[0] != "--fd" or not arguments[1].isdigit():
         print("this is the engine's worker: it is started by fpforensics, not by hand", file=sys.stderr)
         return 2
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> int:
     engine: Engine | None = None
     try:
         while (request := wire.receive_request(channel)) is not None:
+            if isinstance(request, wire.Close):
+                break
             try:
                 if isinstance(request, wire.Load):
                     engine = open_engine(request.config, request.host)
@@ -92,4 +95,7 @@ def _end_with_parent(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # libraries would take seconds to fall apart; what they share is given back by now

@@ -16,6 +16,7 @@ from fpforensics.common.config import config_id
 from fpforensics.common.engines.base import Host
 from fpforensics.common.evidence import Repetitions, Row
 from fpforensics.common.keys import Keyring, PrivateKey
+from fpforensics.common.signals import PHASES
 from fpforensics.verifier.check import CheckPlan, CheckResult, check_bundle
 from fpforensics.verifier.intake import open_bundle
 
@@ -106,7 +107,14 @@ def sign(shown: Shown, path: Path) -> None:
             config_id=config_id(shown.config),
             config=msgspec.structs.replace(shown.config, weights_digest=shown.facts.model.weights_digest),
             facts=shown.facts,
-            repetitions=Repetitions(count=1, bit_identical=True, wall_seconds=(1.0,), wall_mean=1.0, wall_variance=0.0),
+            repetitions=Repetitions(
+                count=1,
+                bit_identical=not shown.noise,
+                wall_seconds=(1.0,),
+                wall_mean=1.0,
+                wall_variance=0.0,
+                noise=_said_noise(shown),
+            ),
             traces=tuple(writer.add_trace(trace) for trace in shown.traces),
         )
         evidence = msgspec.structs.replace(
@@ -120,6 +128,13 @@ def sign(shown: Shown, path: Path) -> None:
             rows=(row,),
         )
         writer.finish(evidence, KEY)
+
+
+def _said_noise(shown: Shown) -> dict[str, float]:
+    tensors = shown.traces[0]
+    return {
+        f"{phase}/{name}": shown.noise for phase in PHASES for name in tensors.phase(phase).tensors() if shown.noise
+    }
 
 
 def verdict_on(path: Path, claim: str, lineup: tuple[str, ...], replays: Replays) -> CheckResult:

@@ -65,6 +65,11 @@ def but_for_one_tensor(material: Material, other: Shown) -> Shown:
     return spliced(other, material.sdpa, lambda phase, name: (phase, name) == ("decode", "hidden_states/last"))
 
 
+def said_to_be_noise(material: Material, other: Shown) -> Shown:
+    """With the statement that its own repetitions lie further apart than any two configs."""
+    return replace(other, noise=1e6)
+
+
 def taking(takes: Callable[[Phase, str], bool]) -> How:
     """Honest evidence that takes some tensors from another config."""
     return lambda material, other: spliced(material.sdpa, other, takes)
@@ -237,6 +242,9 @@ NUMBERS = (
     Attack(
         name="eight bits in decode of one request of three", how=in_decode_of(0), other="int8", caught=NOT_CONSISTENT
     ),
+    Attack(name="eight-bit weights, said to be noise", how=said_to_be_noise, other="int8"),
+    Attack(name="four-bit weights, said to be noise", how=said_to_be_noise, other="nf4"),
+    Attack(name="eager under sdpa's name, said to be noise", how=said_to_be_noise, other="eager"),
     Attack(name="eight bits for one request of three", how=in_references(0), other="int8"),
     Attack(name="eager for two requests of three", how=in_references(0, 1), other="eager"),
     Attack(

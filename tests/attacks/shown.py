@@ -31,6 +31,8 @@ class Shown:
     capture: CapturePlan
     sampling: Sampling
     nonce: str = ""
+    noise: float = 0.0
+    """How far apart it says that its repetitions lay, in every tensor; 0: equal in every bit."""
 
     def of(self, traces: Sequence[Trace]) -> Shown:
         """The same prompts and tokens with other numbers."""

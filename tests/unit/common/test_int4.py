@@ -69,6 +69,33 @@ def test_formats_round_trip(seed: int, group: int) -> None:
     np.testing.assert_array_equal(unpack_gptq(gptq), (levels - 8) * wide)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"g_idx": np.full(64, -1, np.int32)}, "g_idx names group -1; scales holds 2 groups"),
+        ({"g_idx": np.full(64, 2, np.int32)}, "g_idx names group 2; scales holds 2 groups"),
+        ({"g_idx": np.zeros(1, np.int32)}, r"g_idx has shape \(1,\) for 64 inputs"),
+        ({"scales": np.ones((1, 16), np.float16)}, r"qzeros is of shape \(16, 2\), scales \(16, 1\), for 16 outputs"),
+        ({"scales": np.ones((2, 8), np.float16)}, r"scales \(8, 2\), for 16 outputs"),
+    ],
+)
+def test_malformed_gptq_is_refused(changed: dict[str, np.ndarray], said: str) -> None:
+    sound = pack_gptq(np.zeros((16, 64), np.int32), np.ones((16, 2), np.float32))
+    assert unpack_gptq(sound | {"g_idx": sound["g_idx"][::-1]}).shape == (16, 64)
+    if "scales" in changed:
+        sound["g_idx"] = np.zeros(64, np.int32)
+    with pytest.raises(ValueError, match=said):
+        unpack_gptq(sound | changed)
+
+
+@pytest.mark.parametrize("groups", [0, 3, 65, 128])
+def test_malformed_awq_is_refused(groups: int) -> None:
+    sound = pack_awq(np.zeros((16, 64), np.int32), np.zeros((16, 2), np.int32), np.ones((16, 2), np.float32))
+    sound |= {"qzeros": np.zeros((groups, 2), np.int32), "scales": np.ones((groups, 16), np.float16)}
+    with pytest.raises(ValueError, match=f"scales holds {groups} groups, which do not divide 64 inputs"):
+        unpack_awq(sound)
+
+
 def test_compressed_tensors_reads_ours() -> None:
     torch = pytest.importorskip("torch")
     helpers = pytest.importorskip(

@@ -33,6 +33,11 @@ POOL = Pool(
 )
 
 
+def replaced(pool: Pool, **changes: object) -> Pool:
+    """``pool`` with other fields."""
+    return msgspec.structs.replace(pool, **changes)
+
+
 def scores(**floors: float) -> Scores:
     """Eight prompts at these many floors from each member, with evidence as noisy as it should be."""
     return Scores(
@@ -79,6 +84,13 @@ def test_every_lane_of_the_built_in_profile_can_reject_at_the_level() -> None:
         assert LANES * pool.p_floors(1e9) <= ALPHA
         assert LANES * pool.p_noise(0.0) <= ALPHA
         assert LANES * pool.p_margin(-1e9) <= ALPHA
+
+
+def test_a_pool_of_one_prompt_has_an_extreme() -> None:
+    pool = Pool(positions=1, prompts=1, noise_prompts=1, floors=(0.5,), noise=(1.0,), margin=(0.2,))
+    assert (pool.far, pool.least_margin) == (0.5, 0.2)
+    thirty = tuple(number / 100 for number in range(30))
+    assert replaced(pool, prompts=30, floors=thirty).far == 0.29
 
 
 def test_a_member_of_the_same_kind_neither_accuses_nor_is_cleared() -> None:

@@ -14,7 +14,7 @@ import pytest
 from engine_runs import differences, forcings, references
 
 from fpforensics.common.config import parse_config
-from fpforensics.common.engines import open_engine
+from fpforensics.common.engines import open_engine, remote
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.errors import CancelledError, MissingDependencyError, ReplayError, UsageError
@@ -74,11 +74,21 @@ def test_a_worker_does_what_the_engine_does_in_process(host: Host) -> None:
             engine.generate(given, SHORT, CapturePlan(top_k=0))
         assert differences(traces, engine.generate(given, SHORT, PLAN)) == []
         pid = engine.pid
+    assert engine._process.returncode == 0  # it was asked, not killed
     assert seen == [(1, 2), (2, 2)]
     assert gone(pid)
     engine.close()
     with pytest.raises(ReplayError, match="has ended"):
         engine.facts()
+
+
+def test_a_worker_that_hangs_is_killed_on_close(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_CLOSE_SECONDS", 0.2)
+    engine = start_engine(CONFIG, host)
+    os.kill(engine.pid, signal.SIGSTOP)
+    engine.close()
+    assert gone(engine.pid)
+    engine.close()
 
 
 def test_errors_while_loading_come_from_start_engine(host: Host) -> None:

@@ -81,3 +81,48 @@ def test_a_graph_copies_what_the_list_names() -> None:
     taps.arm(torch.tensor([], dtype=torch.int64))
     taps.copy(blocks[1].evidence_rows, states[:1], None)  # a smaller graph: every listed row is within it
     assert taps.take() == ({}, {})
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_keys_are_kept_by_place_and_by_name(named: bool, compiled: bool) -> None:
+    """And a layer that shares another's keys, called with none, has none to keep."""
+    import torch
+    from torch import nn
+
+    from fpforensics.common.engines.vllm_taps import Taps
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            vars(self).update(impl=SimpleNamespace(), num_kv_heads=2, head_size=2, kv_cache_dtype="auto")
+
+        def forward(self, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None) -> torch.Tensor:
+            return query
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+            self.attention = Attention()
+
+        def forward(self, rows: torch.Tensor, shared: bool = False) -> torch.Tensor:
+            keys = None if shared else rows * 2
+            return self.attention(rows, key=keys, value=keys) if named else self.attention(rows, keys, keys)
+
+    block = Block()
+    taps = Taps([block])
+    if compiled:
+        taps.build_in(4, 4, torch.float32, torch.device("cpu"))
+    taps.plant([0])
+    run = torch.compile(block, backend="eager", fullgraph=True) if compiled else block
+    rows = torch.arange(12.0).reshape(3, 4)
+    for shared in (False, True):
+        taps.arm(torch.tensor([2, 0]))
+        with torch.no_grad():
+            run(rows, shared)
+        kept = taps.take()[1]
+        if not shared:
+            assert torch.equal(kept[0], rows[[2, 0]] * 2)
+        else:
+            assert 0 not in kept or torch.isnan(kept[0]).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,9 +15,10 @@ from fpforensics.common.config import ExecutionConfig, as_written, config_id, pa
 from fpforensics.common.engines import vllm_load, vllm_rules
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.preflight import require_runnable
-from fpforensics.common.engines.vllm_jobs import WorkerFacts
-from fpforensics.common.engines.vllm_results import require_kernels
+from fpforensics.common.engines.vllm_jobs import Report, WorkerFacts, pack
+from fpforensics.common.engines.vllm_results import Schedule, require_kernels
 from fpforensics.common.errors import Error, MissingDependencyError, ReplayError, UsageError
+from fpforensics.common.signals import Phase
 
 
 def test_the_backend_alone_is_a_config() -> None:
@@ -70,10 +72,9 @@ def test_combinations_that_no_machine_runs(spec: str, said: str) -> None:
     ("spec", "said"),
     [
         ("attn=vllm_triton", "attn=vllm_triton needs a GPU (use attn=auto or vllm_cpu"),
-        (
-            "quant=awq_marlin",
-            "quant=awq_marlin has no vLLM kernel on this CPU (run it on a GPU, or use backend=transformers",
-        ),
+        ("quant=bnb-nf4", "quant=bnb-nf4 has no vLLM kernel on this CPU (run it on a GPU, or use backend=transformers"),
+        ("quant=awq_marlin", "Marlin is a kernel of GPUs (run it on a GPU, or use quant=awq,dtype=fp16"),
+        ("quant=compressed-int4,dtype=fp32", "computes in bf16 or fp16 on a CPU (use dtype=bf16"),
         ("tp=2,ep=2", "ignores which experts a rank holds, and crashes (run it on a GPU, or use ep=1)"),
         ("graphs=true", "graphs=true needs a GPU"),
         ("invariant=true", "invariant=true needs a GPU"),
@@ -87,6 +88,131 @@ def test_what_a_cpu_does_not_run(spec: str, said: str, monkeypatch: pytest.Monke
         require_runnable([config], Host(device="cpu"))
     assert said in refused.value.diagnostics()
     vllm_rules.check_device(config, "cuda")
+
+
+@pytest.mark.parametrize("spec", ["quant=awq", "quant=gptq,dtype=fp16", "quant=compressed-int4"])
+def test_int4_on_a_cpu_needs_avx512(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(f"backend=vllm,{spec}")
+    monkeypatch.setattr(vllm_rules, "cpu_flags", lambda: ("avx", "avx2", "fma", *vllm_rules.CPU_INT4_FLAGS))
+    vllm_rules.check_device(config, "cpu")
+    monkeypatch.setattr(vllm_rules, "cpu_flags", lambda: ("avx", "avx2", "avx512f", "fma"))
+    with pytest.raises(ReplayError) as refused:
+        vllm_rules.check_device(config, "cpu")
+    assert (
+        "needs AVX-512 on a CPU; this one lacks avx512bw, avx512dq, avx512vl (run it on a GPU"
+        in refused.value.diagnostics()
+    )
+    vllm_rules.check_device(config, "cuda")
+
+
+@pytest.mark.parametrize(("cores", "fits", "most"), [(1, "tp=2,pp=2", 4), (6, "tp=6", 6), (64, "tp=4,pp=2", 8)])
+def test_a_bundle_does_not_choose_how_many_processes_start(
+    monkeypatch: pytest.MonkeyPatch, cores: int, fits: str, most: int
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr(vllm_rules, "_cores", lambda: cores)
+    require_runnable([parse_config(f"backend=vllm,{fits}")], Host(device="cpu"))
+    with pytest.raises(ReplayError) as refused:
+        require_runnable([parse_config("backend=vllm,tp=9,pp=30")], Host(device="cpu"))
+    assert (
+        f"tp=9, pp=30 start 270 ranks, one core each; at most {most} run on this CPU, which has {cores} (use fewer ranks"
+        in refused.value.diagnostics()
+    )
+
+
+def test_ranks_are_at_most_the_visible_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nowhere = tmp_path / "none"
+    for number in range(3):
+        (tmp_path / "gpus" / f"0000:0{number}").mkdir(parents=True)
+    assert vllm_rules.visible_gpus({}, nowhere) is None
+    assert vllm_rules.visible_gpus({}, tmp_path / "gpus") == 3
+    assert vllm_rules.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}, tmp_path / "gpus") == 2
+    assert vllm_rules.visible_gpus({"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(99)))}, tmp_path / "gpus") == 3
+    assert vllm_rules.visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, nowhere) == 0
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr(vllm_rules, "_is_cpu_build", lambda: False)
+    host = Host(device="cuda", env={"CUDA_VISIBLE_DEVICES": "0,1"})
+    require_runnable([parse_config("backend=vllm,tp=2")], host)
+    with pytest.raises(ReplayError) as refused:
+        require_runnable([parse_config("backend=vllm,tp=2,pp=2")], host)
+    assert "tp=2, pp=2 start 4 ranks, one GPU each; 2 visible here (use fewer ranks" in refused.value.diagnostics()
+
+
+@pytest.mark.parametrize(
+    ("spec", "needed"),
+    [
+        ("batch=4096", 4096 * 1024 + 4098 * 128),
+        ("batch=auto", 8 * 1024 + 258 * 128),
+        ("batch=4096,tp=4", 4096 * 1024 + 4098 * 128),
+    ],
+)
+def test_a_kv_cache_that_memory_does_not_hold_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: str, needed: int
+) -> None:
+    """Over all ranks; before vLLM is asked for anything."""
+    path = stored(
+        tmp_path / "m", num_attention_heads=8, num_key_value_heads=4, hidden_size=64, max_position_embeddings=1024
+    )
+    config = parse_config(f"model=m,backend=vllm,{spec}")
+    needed *= 2 * 4 * 8 * 4 * 2  # keys and values, heads, their width, blocks, bytes
+    monkeypatch.setattr(vllm_load, "available_memory", lambda: 2 * needed)
+    options = vllm_load.engine_options(config, path, "cpu")
+    assert options["kv_cache_memory_bytes"] * config.tensor_parallel == needed
+    monkeypatch.setattr(vllm_load, "available_memory", lambda: 2 * needed - 2)
+    with pytest.raises(ReplayError) as refused:
+        vllm_load.engine_options(config, path, "cpu")
+    batch = spec.partition(",")[0]
+    assert (
+        f"a KV cache of {needed} bytes, where half of the {2 * needed - 2} available may be taken: out of memory on cpu: "
+        f"model m, dtype=bf16, {batch} (use a smaller" in refused.value.diagnostics()
+    )
+    assert "kv_cache_memory_bytes" not in vllm_load.engine_options(config, path, "cuda")
+
+
+def test_the_memory_that_is_left_is_some_of_what_there_is() -> None:
+    psutil = pytest.importorskip("psutil")
+    assert 0 < vllm_load.available_memory() <= psutil.virtual_memory().total
+
+
+def report(steps: list[tuple[int, int]], *phases: Phase) -> Report:
+    return Report(pipeline_rank=0, tensor_rank=0, steps=steps, phases=list(phases), rows=[])
+
+
+def test_schedules_that_differ_late_stay_different() -> None:
+    schedule, said = Schedule(), set()
+    for last in ((3, 3), (2, 3)):
+        schedule.add(report([(3, 5 + number) for number in range(500)] + [last], "prefill"), remember=True)
+        assert len(schedule.last) == 1000 and schedule.last.startswith("3/5, 3/6, ")
+        said.add(schedule.last)
+    one, other = said
+    assert one.rpartition("... sha256:")[0] == other.rpartition("... sha256:")[0]
+    assert all(len(each.rpartition("... sha256:")[2]) == 16 for each in said)
+    schedule.add(report([(1, 7), (1, 1), (1, 1)], "prefill", "decode"), remember=True)
+    assert schedule.last == "1/7, 1/1 x2" and schedule.batch_sizes == {1, 2, 3}
+    schedule.add(report([(9, 9)]), remember=False)
+    assert schedule.last == "1/7, 1/1 x2" and 9 in schedule.batch_sizes
+
+
+def test_an_engine_with_the_wrong_kernels_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+    from fpforensics.common.engines import vllm_engine
+
+    ended: list[str] = []
+    core = SimpleNamespace(
+        collective_rpc=lambda _: [pack(rank) for rank in ranks("TRITON_ATTN", "")],
+        engine_core=SimpleNamespace(shutdown=lambda: ended.append("core")),
+    )
+    for name in ("check_config", "check_host", "check_checkpoint"):
+        monkeypatch.setattr(vllm_engine, name, lambda *_: None)
+    monkeypatch.setattr(vllm_engine, "weights_digest", lambda _: "sha256:0")
+    monkeypatch.setattr(vllm_engine, "prepare_imports", lambda *_: "cpu")
+    monkeypatch.setattr(vllm_engine, "start", lambda *_: core)
+    with pytest.raises(ReplayError, match="attn=vllm_flex: vLLM took TRITON_ATTN"):
+        vllm_engine.VllmEngine(
+            parse_config("model=m,backend=vllm,attn=vllm_flex"), Host(models={"m": str(stored(tmp_path / "m"))})
+        )
+    assert ended == ["core"] and not vllm_engine.VllmEngine._open
 
 
 def test_without_vllm_the_install_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from engine_runs import differences, forcings, references
 from vllm_runs import PLAN, opened, relative_gap, tiny
 
 from fpforensics.common.config import parse_config
+from fpforensics.common.engines import remote
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.errors import ReplayError
@@ -24,6 +26,14 @@ WITHIN_ROUNDING = 2e-5
 SHORT = Sampling(max_new_tokens=4)
 
 
+def shared_by(pid: int) -> set[Path]:
+    """The files of shared memory that a process and all that it started hold, whether they still have a name or not."""
+    every = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in every)
+    return {Path(path) for path in re.findall(r"/dev/shm/\S+", maps)}
+
+
+@pytest.mark.timeout(900)  # four processes that import vLLM, on as few cores as there are
 def test_two_ranks_record_what_one_does_and_end_together(tmp_path: Path) -> None:
     path, given = tiny(tmp_path, "qwen3"), references(1, length=40)
     with opened(path, "backend=vllm,dtype=fp32") as engine:
@@ -43,3 +53,16 @@ def test_two_ranks_record_what_one_does_and_end_together(tmp_path: Path) -> None
             engine.generate(given, SHORT, PLAN, lambda *_: os.kill(engine.pid, signal.SIGKILL))
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert alive == []
+
+
+@pytest.mark.slow
+def test_closed_ranks_leave_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_CLOSE_SECONDS", 120.0)  # a busy machine takes longer
+    host = Host(device="cpu", models={"tiny": str(tiny(tmp_path, "llama"))}, env={"OMP_NUM_THREADS": "1"})
+    with start_engine(parse_config("model=tiny,backend=vllm,tp=2"), host) as engine:
+        engine.generate(references(1, length=40), SHORT, PLAN)
+        held = shared_by(engine.pid)
+        ranks = psutil.Process(engine.pid).children(recursive=True)
+    assert {"psm_", "sem.", "vllm"} <= {path.name[:4] for path in held}
+    assert [path for path in held if path.exists()] == []
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []

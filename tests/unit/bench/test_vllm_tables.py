@@ -1,0 +1,76 @@
+"""What an H200 ran under vLLM: kernel classes, repetition, and cells of the tables in docs/vllm-evidence.md."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from vllm_tables import COMPARED, FOLDER, KINDS, SIGNALS, load, main
+
+DOC = FOLDER.parents[2] / "docs" / "vllm-evidence.md"
+PLAIN_GPTQ = "model=gptq,dtype=fp16,quant=gptq"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_config_is_a_kernel_class_of_its_own(kind: str) -> None:
+    found = load(kind)
+    for mode in ("decode", "prefill"):
+        assert found.classes[mode] == [[name] for name in found.names]
+        assert len({found.reports[name][f"{mode}_fingerprint"] for name in found.names}) == len(found.names)
+
+
+def test_the_same_config_gave_the_same_bits_in_three_runs() -> None:
+    """FA3 is the first config of three of the files, each made by a run of its own."""
+    (first,) = {load(kind).reports[load(kind).names[0]]["decode_fingerprint"] for kind in KINDS[:3]}
+    assert first.startswith("a9ac8aaa")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decode_replay_is_bit_identical_but_for_plain_gptq(kind: str) -> None:
+    found = load(kind)
+    for name in found.names:
+        expected = name != PLAIN_GPTQ
+        assert found.reports[name]["bit_identical"] is expected
+        assert found.reports[name]["decode_replay_identical"] is expected
+        assert bool(found.reports[name]["first_divergence"]) is not expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_positions_are_the_same_in_both_modes(kind: str) -> None:
+    found = load(kind)
+    for signal in SIGNALS.values():
+        assert not np.diag(found.cell("prefill", f"prefill-{signal}")).any()
+        assert (np.diag(found.cell("prefill", f"decode-{signal}")) > 0).all()
+
+
+def test_batch_2_decodes_as_batch_1_does_in_the_first_block() -> None:
+    found = load("attention")
+    assert found.between("decode-hidden_states-1", "FA3", "batch 2") == 0
+    assert found.between("prefill-hidden_states-1", "FA3", "batch 2") > 0.1
+    assert found.between("decode-hidden_states-4", "FA3", "batch 2") > 0
+
+
+@pytest.mark.parametrize(
+    ("what", "logprobs", "last", "block_1"),
+    [
+        ("AWQ or GPTQ, both Marlin", 19.23, 27.10, 62.76),
+        ("awq or awq_marlin", 1.17, 1.26, 1.00),
+        ("FA2 or FA3", 1.12, 1.21, 0.63),
+        ("FA3 or Triton", 1.12, 1.24, 1.06),
+        ("TP 1 or 2", 1.15, 1.34, 1.97),
+        ("batch 1 or 2", 1.08, 1.10, 1.00),
+    ],
+)
+def test_the_published_rule_on_one_machine(what: str, logprobs: float, last: float, block_1: float) -> None:
+    (row,) = (row for row in COMPARED if row.what == what)
+    found = load(row.kind)
+    cells = ("decode-logprobs-all", "decode-hidden_states-last", "decode-hidden_states-1")
+    assert [found.snr(cell, row.a, row.b) for cell in cells] == pytest.approx([logprobs, last, block_1], abs=0.006)
+
+
+def test_the_document_holds_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    text = DOC.read_text()
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) > 50
+    assert not [row for row in rows if row not in text]
