@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import msgspec
 
-from fpforensics.common.cache import write_atomically
 from fpforensics.common.errors import Error
 from fpforensics.common.lab.reader import open_experiment
 from fpforensics.common.lab.run import Run, RunInfo
@@ -23,6 +22,7 @@ from fpforensics.verifier.analysis.summary import SummaryRow, failed, summarize
 from fpforensics.verifier.export import configuration_of, metadata_of, run_of
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
 from fpforensics.verifier.matrix import MatrixReport
+from fpforensics.verifier.suite.folder import publish
 from fpforensics.verifier.suite.journal import Entry
 from fpforensics.verifier.suite.model import Experiment, ProverSpec, Variant
 from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs
@@ -274,4 +274,4 @@ def _t_quantile(freedom: float) -> float:
 
 
 def _json(path: Path, value: object) -> None:
-    write_atomically(path, msgspec.json.format(msgspec.json.encode(value)))
+    publish(path, msgspec.json.format(msgspec.json.encode(value)))

@@ -97,6 +97,14 @@ class Folder:
         return Keyring(map(load_public, [*keys, *([public_path(self.key)] if self.key.exists() else [])]))
 
 
+def publish(path: Path, content: bytes) -> None:
+    """Write a file that others may read, as far as the user's mask allows."""
+    write_atomically(path, content)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def move_synced(source: Path, target: Path) -> None:
     """Rename a file once its bytes are on disk."""
     descriptor = os.open(source, os.O_RDONLY)

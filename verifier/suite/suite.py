@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from fpforensics.common.cache import write_atomically
 from fpforensics.common.errors import CancelledError, Error
 from fpforensics.verifier.suite.files import Written, write_files
-from fpforensics.verifier.suite.folder import is_full
+from fpforensics.verifier.suite.folder import is_full, publish
 from fpforensics.verifier.suite.journal import ENDED, Journal
 from fpforensics.verifier.suite.replays import run_replays
 from fpforensics.verifier.suite.run import Clock, StoppedError, run_sessions
@@ -60,7 +59,7 @@ def _write_page(setting: Setting, written: Written) -> None:
         "journal.jsonl",
     ]
     page = render(setting.suite, written, [name for name in names if (setting.folder.path / name).exists()])
-    write_atomically(setting.folder.path / "report.html", page.encode())
+    publish(setting.folder.path / "report.html", page.encode())
 
 
 def render_states(written: Written) -> str:
