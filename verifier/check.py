@@ -307,7 +307,7 @@ def _plan_replays(checked: Sequence[Checked], plan: CheckPlan) -> tuple[list[Mem
     members: dict[ExecutionConfig, Member] = {}
     for config in (*claimed, *declared, *asked, *offered):
         optional = config not in claimed and config not in asked
-        members.setdefault(config, Member(config_id(config, base), config, _run_as(config, plan.using), optional))
+        members.setdefault(config, Member(config_id(config, base), config, run_as(config, plan.using), optional))
     if len(members) > MAX_LINEUP:
         raise UsageError(f"a lineup of {len(members)} configs", f"at most {MAX_LINEUP}")
     replayed: dict[str, Sequence[Row]] = {member.id: rows for member in members.values()}
@@ -365,7 +365,7 @@ def _pinned(members: Sequence[Member], host: Host) -> list[Member]:
     ]
 
 
-def _run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
+def run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
     """``config`` by the verifier's own path: of products (``matmul``), where that combines with it, and of engines (``backend``)."""
     assertions = parse_claim(using).assertions if using else {}
     if assertions.keys() - {"matmul", "backend"} or assertions.get("backend") == "vllm":

@@ -37,8 +37,8 @@ def export_bundle(bundle: VerifiedBundle, path: Path, variable: str = "") -> Non
     """
     evidence = bundle.evidence
     tested = _variable(evidence, variable)
-    configurations = [_configuration(evidence, row, tested) for row in evidence.rows]
-    write_experiment(path, _metadata(evidence, tested), configurations, _runs(bundle))
+    configurations = [configuration_of(evidence, row, tested) for row in evidence.rows]
+    write_experiment(path, metadata_of(evidence, tested), configurations, _runs(bundle))
 
 
 def run_of(trace: Trace, prompt_tokens: int, depth: int, info: RunInfo) -> Run:
@@ -135,7 +135,8 @@ def _variable(evidence: Evidence, wanted: str) -> str:
     return differing[0] if len(differing) == 1 else ""
 
 
-def _metadata(evidence: Evidence, tested: str) -> dict[str, Any]:
+def metadata_of(evidence: Evidence, tested: str) -> dict[str, Any]:
+    """What the uniform JSON says of the whole experiment; ``tested`` is a config key, or empty."""
     model = evidence.rows[0].facts.model
     layers = sorted({_number(layer, model.num_layers) for layer in evidence.capture.layers})
     return {
@@ -156,7 +157,8 @@ def _metadata(evidence: Evidence, tested: str) -> dict[str, Any]:
     }
 
 
-def _configuration(evidence: Evidence, row: Row, tested: str) -> dict[str, Any]:
+def configuration_of(evidence: Evidence, row: Row, tested: str) -> dict[str, Any]:
+    """What the uniform JSON says of one row's config and of where it ran."""
     environment, facts = evidence.environment, row.facts
     config = msgspec.structs.asdict(row.config)
     versions = environment.packages | facts.versions

@@ -165,7 +165,7 @@ def _replay_member(
     tell: Callable[[int], None],
     start: EngineStarter,
 ) -> tuple[dict[str, Sequence[Trace]], EngineFacts]:
-    capture = _held_layers(bundle.evidence.capture, rows)
+    capture = held_layers(bundle.evidence.capture, rows)
     references = bundle.references()
     traces: dict[str, Sequence[Trace]] = {}
     with start(member.runs_as, host, cancelled) as engine:
@@ -181,7 +181,7 @@ def _replay_member(
         return traces, engine.facts()
 
 
-def _held_layers(capture: CapturePlan, rows: Sequence[Row]) -> CapturePlan:
+def held_layers(capture: CapturePlan, rows: Sequence[Row]) -> CapturePlan:
     """What distances need of the plan: layers beyond a model's depth were left out at capture, whole logits are not compared."""
     held = {
         name.partition("/")[2]

@@ -20,6 +20,7 @@ COMMANDS = {
     "verdicts": ("fpforensics.verifier.cli.verdicts:verdicts", "Read signed verdicts, as an auditor."),
     "analyze": ("fpforensics.verifier.cli.analyze:analyze", "Redo a published study's tables from its numbers."),
     "export": ("fpforensics.verifier.cli.export:export", "Write a bundle as uniform experiment JSON."),
+    "suite": ("fpforensics.verifier.cli.suite:suite", "Run ablation experiments on provers and publish their results."),
     "inspect": ("fpforensics.prover.cli.inspect:inspect", "Show what a bundle holds."),
     "completion": ("fpforensics.verifier.cli:completion", "Print a shell completion script."),
 }

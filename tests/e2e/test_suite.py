@@ -1,0 +1,93 @@
+"""A suite from the command line to its files: real workers, a real architecture, and numbers that analyze gives again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+from tiny_models import make_tiny_model
+
+from fpforensics.verifier.cli.analyze import analyze
+from fpforensics.verifier.cli.suite import suite
+
+SUITE = """
+name = "small"
+repetitions = 2
+[baseline]
+config = "model=tiny,attn=sdpa,dtype=bf16"
+[references]
+count = 1
+prompt_tokens = 24
+new_tokens = 5
+documents = ["{document}"]
+[capture]
+layers = ["1", "2", "last"]
+top_k = 5
+[replay]
+device = "cpu"
+[[prover]]
+name = "here"
+device = "cpu"
+[[experiment]]
+name = "attention"
+variable = "attn"
+values = ["attn=eager"]
+[[experiment]]
+name = "expert_parallel"
+variable = "ep"
+values = ["ep=2"]
+"""
+
+
+def verifier(*arguments: object) -> str:
+    program = "from fpforensics.verifier.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def analyzed(*arguments: object) -> str:
+    done = CliRunner().invoke(analyze, [*map(str, arguments), "--top", "10", "--json", "-q"])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_suite(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", "llama")
+    document = tmp_path / "text.txt"
+    document.write_text(" ".join(f"Sentence number {number} has its own words." for number in range(30)))
+    (tmp_path / "small.toml").write_text(SUITE.format(document=document))
+    out = tmp_path / "out"
+    said = verifier(
+        "suite", "run", tmp_path / "small.toml", "-o", out, "--model-path", f"tiny={tmp_path / 'model'}", "-q"
+    )
+    assert "2 of 2 configs" in said
+    assert "skipped: here.ep=2" in said
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    # The suite's own numbers are those that analyze gives for its file.
+    again = json.loads(analyzed(out / "attention_experiment.json"))
+    assert again == json.loads((out / "analysis_reports.json").read_text())["attention"]
+    summary = [row for row in json.loads((out / "summary.json").read_text()) if row["experiment"] == "attention"]
+    table = json.loads(analyzed("--summary", out / "attention_experiment.json"))
+    assert [row | {"file": ""} for row in table] == [row | {"file": ""} for row in summary]
+    # On the prover's own machine a replay of the same config has the same bits, one of another has not.
+    (attention, _) = json.loads((out / "experiments.json").read_text())
+    (keys,) = [
+        each
+        for each in attention["matrices"]["here"]
+        if (each["phase"], each["signal"], each["layer"]) == ("decode", "key_vectors", "last")
+    ]
+    assert [keys["aggregate"][0][0], keys["aggregate"][1][1]] == [0.0, 0.0]
+    assert keys["aggregate"][0][1] > 0
+    before = (out / "journal.jsonl").read_bytes()
+    assert CliRunner().invoke(suite, ["resume", str(out), "-q"]).exit_code == 0
+    assert (out / "journal.jsonl").read_bytes() == before

@@ -1,0 +1,141 @@
+"""The files of a run: one machine or two, times, the page, and configs that could not be replayed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, fake_engine
+from page_parser import Page
+from suite_world import TOML, Starts, make, opened, run
+
+from fpforensics.common.errors import ReplayError
+from fpforensics.common.lab.reader import open_experiment
+from fpforensics.verifier.suite.files import slowdown_interval
+from fpforensics.verifier.suite.journal import read_journal
+
+TWO = """
+[[prover]]
+name = "a"
+labels = { gpu = "A100" }
+[[prover]]
+name = "b"
+labels = { gpu = "H100" }
+[references]"""
+
+
+def test_two_provers(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(make(folder, tiny, TOML.replace("[references]", TWO, 1)))
+    with open_experiment(folder / "attention_experiment.json") as experiment:
+        assert [(each.config_id, each.hardware) for each in experiment.configurations] == [
+            ("a_baseline", "A100"),
+            ("a_attn=eager", "A100"),
+            ("b_baseline", "H100"),
+            ("b_attn=eager", "H100"),
+        ]
+    rows = [row for row in json.loads((folder / "summary.json").read_text()) if row["experiment"] == "attention"]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["baseline_l2"] == 0.0  # the same arithmetic under two names
+        assert row["max_signal_l2"] > 0
+        assert row["snr_infinite"]
+    experiments = {each["name"]: each for each in json.loads((folder / "experiments.json").read_text())}
+    assert set(experiments["attention"]["matrices"]) == {"a", "b"}
+
+
+def test_timing(unbroken: Path) -> None:
+    experiments = {each["name"]: each for each in json.loads((unbroken / "experiments.json").read_text())}
+    base, other = experiments["tensor_parallel"]["timing"]
+    assert base["slowdown"] is None
+    assert len(base["seconds"]) == len(other["seconds"]) == 2  # one worker, and two
+    assert other["slowdown"] == pytest.approx(other["mean"] / base["mean"])
+
+
+def test_slowdown_interval() -> None:
+    assert slowdown_interval([2.0], [1.0, 1.1]) is None
+    assert slowdown_interval([2.0, 2.0], [1.0, 1.0]) == (2.0, 2.0)
+    low, high = slowdown_interval([2.0, 2.1, 1.9], [1.0, 1.02, 0.98]) or (0.0, 0.0)
+    assert 1.5 < low < 2 < high < 2.5
+    assert slowdown_interval([2.0, 2.1], [1.0, 5.0]) is None  # a baseline that may be nothing
+
+
+def test_page(unbroken: Path) -> None:
+    text = (unbroken / "report.html").read_text()
+    page = Page(text)
+    assert not page.tags & {"script", "img", "link", "iframe", "object", "form", "base"}
+    places = [page.text.index(part) for part in ("tiny", "Summary", "What ran", "attention", "95 % interval")]
+    assert places[:3] == sorted(places[:3])
+    for phase in ("prefill", "decode"):
+        assert f"{phase}: between the provers' own runs" in page.text
+        assert f"{phase}: claimed on local × verified here" in page.text
+        assert f"Layer by layer, {phase}" in page.text
+    for name in ("attention_experiment.json", "summary.json", "reference_baseline.json"):
+        assert f'href="{name}"' in text
+
+
+def test_names_in_a_suite_are_escaped(tiny: Path, tmp_path: Path) -> None:
+    run(make(tmp_path / "run", tiny, TOML.replace('title = "A tiny suite"', 'title = "<script>alert(1)</script>"')))
+    assert "<script" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_cannot_be_replayed_is_said(tiny: Path, tmp_path: Path) -> None:
+    class NoReplay(FakeEngine):
+        def teacher_force(self, *_: Any, **__: Any) -> Any:
+            raise ReplayError("no kernel here", "")
+
+    def start(config: Any, host: Any, cancelled: Callable[[], bool]) -> Any:
+        from contextlib import nullcontext
+
+        if config.attention == "eager":
+            return nullcontext(NoReplay(config, host))
+        return fake_engine(config, host, cancelled)
+
+    folder = tmp_path / "run"
+    run(make(folder, tiny, start=Starts(engine=start)))
+    experiments = {each["name"]: each for each in json.loads((folder / "experiments.json").read_text())}
+    assert experiments["attention"]["replays_skipped"] == {"attn=eager": "no kernel here"}
+    assert "Not replayed here, attn=eager: no kernel here" in (folder / "report.html").read_text()
+    run(opened(folder), again=True)
+    experiments = {each["name"]: each for each in json.loads((folder / "experiments.json").read_text())}
+    assert experiments["attention"]["replays_skipped"] == {}
+    (matrix, *_) = experiments["attention"]["matrices"]["local"]
+    assert matrix["columns"] == ["baseline", "attn=eager"]
+
+
+def test_work_that_failed_is_tried_at_resume(tiny: Path, tmp_path: Path) -> None:
+    class Crashing(FakeEngine):
+        def generate(self, references: Any, sampling: Any, capture: Any, progress: Any = None) -> Any:
+            super().generate(references, sampling, capture, progress)
+            raise ReplayError("the engine's worker was killed", "")
+
+    def start(config: Any, host: Any, cancelled: Callable[[], bool]) -> Any:
+        from contextlib import nullcontext
+
+        if config.attention == "eager":
+            return nullcontext(Crashing(config, host))
+        return fake_engine(config, host, cancelled)
+
+    folder = tmp_path / "run"
+    run(make(folder, tiny, start=Starts(engine=start)))
+    ended = {each.job: each.event for each in read_journal(folder / "journal.jsonl")}
+    assert ended["local.attn=eager"] == "failed"
+    run(opened(folder))
+    ended = {each.job: each.event for each in read_journal(folder / "journal.jsonl")}
+    assert ended["local.attn=eager"] == "finished"
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom fpforensics.verifier.cli import cli\n"
+        "for words in (['suite', '--help'], ['suite', 'run', '--help'], ['suite', 'show', 'megaplan']):\n"
+        "    assert CliRunner().invoke(cli, words).exit_code == 0\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib', 'jinja2'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

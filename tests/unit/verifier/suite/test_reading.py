@@ -1,0 +1,126 @@
+"""Suite files: what is read, and that each complaint names file, table, key, value and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from suite_world import TOML
+
+from fpforensics.common.errors import UsageError
+from fpforensics.verifier.cli.suite import suite as command
+from fpforensics.verifier.suite.plan import describe, model_loads, plan_jobs, session_plan
+from fpforensics.verifier.suite.reading import BUILTIN, find_suite, parse_suite
+
+NINE = [
+    "batch_size",
+    "compile",
+    "quantization",
+    "attention",
+    "concurrent_streams",
+    "cuda_version",
+    "tensor_parallel",
+    "expert_parallel",
+]
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_builtin(name: str) -> None:
+    suite = find_suite(name)
+    assert suite.name == name
+    jobs = plan_jobs(suite)
+    assert jobs[0].variant.identity == suite.baseline.identity
+    assert model_loads(jobs) == len({job.variant.identity for job in jobs})  # each config is loaded once
+    for job in jobs:
+        session_plan(suite, job.variant, "")
+    assert suite.title in describe(suite)
+
+
+def test_megaplan_is_the_plan() -> None:
+    suite = find_suite("megaplan")
+    assert [each.name for each in suite.experiments] == NINE
+    assert suite.experiments[0].file == "batch_size_experiment.json"
+    assert [each.name for each in find_suite("megaplan-smollm2").experiments] == NINE
+    assert (suite.repetitions, suite.references.prompt_tokens, suite.references.new_tokens) == (3, 6000, 31)
+    assert suite.capture.layers == ("1", "2", "4", "12", "last")
+    assert (suite.capture.top_k, suite.capture.prefill_positions) == (10, 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("repetitions = 2", "repetition = 2", ["unknown key 'repetition' = 2", "did you mean 'repetitions'?"]),
+        ("repetitions = 2", "repetitions = 0", ["repetitions = 0", "from 1 to 20"]),
+        ("top_k = 4", "topk = 4", ["[capture]", "'topk' = 4", "'top_k'"]),
+        ('"attn=eager"', '"attn=eagr"', ["[experiment[0]]", "attn=eagr", "did you mean 'eager'?"]),
+        ('"attn=eager"', '"attn=sdpa"', ["[experiment[0]]", "the baseline itself"]),
+        ('variable = "attn"', "variable = 7", ["[experiment[0]]", "variable = 7", "a string"]),
+        ('values = ["attn=eager"]', "", ["values is missing"]),
+        ('name = "expert_parallel"', 'name = "attention"', ["experiment 'attention' is given twice"]),
+        ('name = "attention"', 'name = "../up"', ["name = '../up'", "lower-case"]),
+        ('name = "attention"', 'name = "reference"', ["'reference' is given twice"]),
+        ("count = 2", "count = true", ["[references]", "count = True", "whole number"]),
+        ('layers = ["1", "2", "last"]', 'layers = ["1", "first"]', ["[capture]", "layers", '"last"']),
+        ("[references]", "[replay]\nmode = 'decod'\n[references]", ["[replay]", "'decod'", "did you mean 'decode'?"]),
+        ("[references]", "[[prover]]\nendpoint = 'here'\n[references]", ["[prover[0]]", "host:port"]),
+        ("[references]", "[[references]]", ["references", "a table"]),
+        ('name = "tiny"', 'name = "tiny', ["tiny.toml is not TOML"]),
+    ],
+)
+def test_complaints(old: str, new: str, said: list[str]) -> None:
+    assert old in TOML
+    with pytest.raises(UsageError) as caught:
+        parse_suite(TOML.replace(old, new, 1), "tiny.toml")
+    text = caught.value.diagnostics()
+    for part in ["tiny.toml", *said]:
+        assert part in text
+    assert caught.value.hint
+
+
+def test_shared_baseline_and_other_baselines() -> None:
+    suite = parse_suite(
+        TOML
+        + '\n[[experiment]]\nname = "more"\nvariable = "dtype"\nbaseline = "attn=eager"\nvalues = ["dtype=fp32"]\n',
+        "x",
+    )
+    jobs = plan_jobs(suite)
+    assert [job.id for job in jobs] == [
+        "local.baseline",
+        "local.attn=eager",
+        "local.emulate_tp=2",
+        "local.ep=2",
+        "local.dtype=fp32",
+    ]
+    assert jobs[1].experiments == ("attention", "more")  # a variant here, a baseline there: one job
+    assert jobs[2].loads == 2
+
+
+def test_environment_needs_a_local_prover() -> None:
+    suite = parse_suite(
+        TOML.replace("[references]", "[[prover]]\nname = 'far'\nendpoint = '10.0.0.5:1'\n[references]")
+        + '\n[[experiment]]\nname = "cuda"\nvariable = "cuda"\n[[experiment.variant]]\nname = "old"\npython = "/x"\n',
+        "x",
+    )
+    (job,) = [job for job in plan_jobs(suite) if job.id == "far.old"]
+    assert "operator of a remote prover" in job.skip
+
+
+def test_commands(tmp_path: Path) -> None:
+    runner = CliRunner()
+    assert "megaplan-smollm2" in runner.invoke(command, ["list"]).output
+    assert "model loads" in runner.invoke(command, ["show", "megaplan"]).output
+    file = tmp_path / "mine.toml"
+    file.write_text(runner.invoke(command, ["show", "attention", "--toml"]).output)
+    done = runner.invoke(command, ["validate", str(file)])
+    assert done.exit_code == 0
+    assert "valid: attention, 3 configs" in done.output
+    for wrong in (["show", "megaplam"], ["validate", str(tmp_path / "none.toml")], ["show", str(file), "--toml"]):
+        assert isinstance(runner.invoke(command, wrong).exception, UsageError)
+
+
+def test_an_experiment_that_is_skipped_needs_no_values() -> None:
+    suite = find_suite("megaplan-smollm2")
+    (skipped,) = [each for each in suite.experiments if each.skip]
+    assert skipped.name == "concurrent_streams"
+    assert not [job for job in plan_jobs(suite) if "concurrent" in job.id]

@@ -1,0 +1,121 @@
+"""A suite's run: what it leaves, what it skips, and that a broken one goes on where it ended."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from suite_world import FINISHED, Starts, make, opened, results, run
+
+from fpforensics.common.keys import Keyring
+from fpforensics.common.lab.reader import open_experiment
+from fpforensics.verifier.intake import open_bundle
+from fpforensics.verifier.suite.folder import Folder
+from fpforensics.verifier.suite.journal import read_journal
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def test_files(unbroken: Path) -> None:
+    names = {path.name for path in unbroken.iterdir()}
+    assert {
+        "attention_experiment.json",
+        "tensor_parallel_experiment.json",
+        "reference_baseline.json",
+        "analysis_reports.json",
+        "summary.json",
+        "report.html",
+        "journal.jsonl",
+    } <= names
+    assert {path.stem for path in (unbroken / "bundles").iterdir()} == set(FINISHED)
+    assert not list((unbroken / ".incoming").iterdir())
+    with open_experiment(unbroken / "attention_experiment.json") as experiment:
+        experiment.validate()
+        assert [each.config_id for each in experiment.configurations] == ["local_baseline", "local_attn=eager"]
+        assert experiment.metadata["experiment_type"] == "attention"
+
+
+def test_bundles_are_signed(unbroken: Path) -> None:
+    keyring = Keyring.from_paths([unbroken / "local.key.pub"])
+    for name in FINISHED:
+        with open_bundle(unbroken / "bundles" / f"{name}.msgpack", keyring) as bundle:
+            bundle.verify_all()
+
+
+def test_skipped_with_reasons(unbroken: Path) -> None:
+    experiments = {each["name"]: each for each in json.loads((unbroken / "experiments.json").read_text())}
+    (config,) = [each for each in experiments["expert_parallel"]["configs"] if each["config"] == "ep=2"]
+    assert config["state"] == "skipped"
+    assert "ep=2" in config["reason"]
+    assert experiments["concurrent_streams"]["skipped"] == "not part of this release"
+    page = (unbroken / "report.html").read_text()
+    assert "not part of this release" in page
+    assert "src=" not in page
+    assert "<script" not in page
+
+
+def test_matrices(unbroken: Path) -> None:
+    experiments = {each["name"]: each for each in json.loads((unbroken / "experiments.json").read_text())}
+    matrices = experiments["attention"]["matrices"]["local"]
+    assert {(each["phase"], each["signal"]) for each in matrices} == {
+        (phase, signal) for phase in ("prefill", "decode") for signal in ("logprobs", "key_vectors", "hidden_states")
+    }
+    for each in matrices:
+        assert each["rows"] == each["columns"] == ["baseline", "attn=eager"]
+        assert each["aggregate"][0][0] == 0.0  # the same machine, the same config: the same bits
+        assert all("decision" in pair and "label" in pair for pair in each["pairwise"])
+
+
+def test_loads_are_least(tiny: Path, tmp_path: Path) -> None:
+    setting = make(tmp_path / "run", tiny)
+    run(setting)
+    starts = setting.start
+    assert isinstance(starts, Starts)
+    # Two configs once, one twice for its reloads; then each of the three once to replay.
+    assert len(starts.configs) == 2 + 2 + 3
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5, 7])
+def test_killed_and_resumed(unbroken: Path, tiny: Path, tmp_path: Path, at: int) -> None:
+    with pytest.raises(Killed):
+        run(make(tmp_path / "run", tiny, start=Starts(at, kill)))
+    setting = opened(tmp_path / "run")
+    run(setting)
+    assert results(tmp_path / "run") == results(unbroken)
+    ended = Counter((entry.job, entry.event) for entry in read_journal(tmp_path / "run" / "journal.jsonl"))
+    assert all(count == 1 for (_, event), count in ended.items() if event != "started")
+    assert isinstance(setting.start, Starts)
+    assert len(setting.start.configs) == 7 - (at - 1)  # nothing that was finished is loaded again
+
+
+def test_killed_between_bundle_and_journal(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = Folder.accept
+
+    def then_killed(self: Folder, incoming: Path, session: str) -> Path:
+        accept(self, incoming, session)
+        raise Killed
+
+    monkeypatch.setattr(Folder, "accept", then_killed)
+    with pytest.raises(Killed):
+        run(make(tmp_path / "run", tiny))
+    monkeypatch.undo()
+    digest = (tmp_path / "run" / "bundles" / "local.baseline.msgpack").read_bytes()
+    run(opened(tmp_path / "run"))
+    assert (tmp_path / "run" / "bundles" / "local.baseline.msgpack").read_bytes() == digest
+
+
+def test_resuming_what_is_done_does_nothing(unbroken: Path) -> None:
+    before = results(unbroken), (unbroken / "journal.jsonl").read_bytes()
+    setting = opened(unbroken)
+    run(setting)
+    assert isinstance(setting.start, Starts)
+    assert setting.start.configs == []
+    assert (results(unbroken), (unbroken / "journal.jsonl").read_bytes()) == before

@@ -1,0 +1,154 @@
+"""``verifier suite``: ablation experiments as prover sessions; ``list``, ``show``, ``validate``, ``run``, ``resume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+import click
+
+from fpforensics.common.cli import progress_bar, quiet_option
+from fpforensics.common.errors import UsageError, shorten
+from fpforensics.common.netcli import AccessOptions, access_options, make_access
+
+if TYPE_CHECKING:
+    from fpforensics.verifier.suite.model import ProverSpec
+
+
+@click.group()
+def suite() -> None:
+    """Run ablation experiments on one or more provers, replay them here, and leave files that can be published.
+
+    \b
+    verifier suite list
+    verifier suite run megaplan-smollm2 -o results/
+    verifier suite resume results/
+    """
+
+
+@suite.command("list")
+def list_suites() -> None:
+    """Name the built-in suites."""
+    from fpforensics.verifier.suite.reading import BUILTIN, find_suite
+
+    for name in BUILTIN:
+        click.echo(f"{name:<18} {find_suite(name).title}")
+
+
+@suite.command()
+@click.argument("name", metavar="NAME|FILE")
+@click.option("--toml", is_flag=True, help="Print a built-in suite's file, to start one's own from.")
+def show(name: str, toml: bool) -> None:
+    """Print what a suite runs, in which order, with how many model loads."""
+    from fpforensics.verifier.suite.plan import describe
+    from fpforensics.verifier.suite.reading import BUILTIN, builtin_text, find_suite
+
+    found = find_suite(name)
+    if toml and name not in BUILTIN:
+        raise UsageError(f"--toml with {shorten(name)}", "it prints built-in suites; this one is a file already")
+    click.echo(builtin_text(name) if toml else describe(found), nl=False)
+
+
+@suite.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
+def validate(files: tuple[Path, ...]) -> None:
+    """Check suite files without running anything."""
+    from fpforensics.verifier.suite.plan import model_loads, plan_jobs, session_plan
+    from fpforensics.verifier.suite.reading import read_suite
+
+    for path in files:
+        read = read_suite(path)
+        jobs = plan_jobs(read)
+        for job in jobs:
+            session_plan(read, job.variant, "")
+        click.echo(f"{path}: valid: {read.name}, {len(jobs)} configs, {model_loads(jobs)} model loads")
+
+
+@suite.command()
+@click.argument("name", metavar="NAME|FILE")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="New folder for everything that the run leaves.")  # fmt: skip
+@click.option("--prover", "provers", multiple=True, metavar="HOST:PORT[,LABEL=VALUE…]", help="Use these provers, not those of the suite; e.g. 10.0.0.5:7341,gpu=A100. Repeatable.")  # fmt: skip
+@click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Public key of a remote prover, or a folder of *.pub. Repeatable.")  # fmt: skip
+@click.option("--model-path", "model_paths", multiple=True, metavar="NAME=PATH", help="Where a model's checkpoint lies here. Repeatable.")  # fmt: skip
+@click.option("--no-replay", is_flag=True, help="Collect evidence only.")
+@access_options
+@quiet_option
+def run(
+    name: str,
+    output: Path,
+    provers: tuple[str, ...],
+    keys: tuple[Path, ...],
+    model_paths: tuple[str, ...],
+    no_replay: bool,
+    quiet: bool,
+    **access: Unpack[AccessOptions],
+) -> None:
+    """Run a suite: every config once on each prover, each a signed bundle, then replays and files. Exit code 5: not finished, resume it.
+
+    \b
+    verifier suite run megaplan-smollm2 -o results/
+    verifier suite run megaplan -o results/ --prover 10.0.0.5:7341,gpu=A100 --prover 10.0.0.6:7341,gpu=H100 --key keys/
+    """
+    import msgspec
+
+    from fpforensics.common.cli import make_host
+    from fpforensics.common.keys import Keyring
+    from fpforensics.verifier.suite.folder import Folder, Settings
+    from fpforensics.verifier.suite.model import LOCAL
+    from fpforensics.verifier.suite.plan import plan_jobs, session_plan
+    from fpforensics.verifier.suite.reading import find_suite
+
+    found = find_suite(name)
+    if provers:
+        named = tuple(_prover(text, index) for index, text in enumerate(provers, start=1))
+        found = msgspec.structs.replace(found, provers=named)
+    if no_replay:
+        found = msgspec.structs.replace(found, replay=msgspec.structs.replace(found.replay, enabled=False))
+    if any(each.endpoint != LOCAL for each in found.provers) and not keys:
+        raise UsageError("a remote prover without --key", "whose bundles do you trust? give the prover's public key")
+    for job in plan_jobs(found):
+        session_plan(found, job.variant, "")
+    models = make_host("auto", "", (), model_paths).models
+    Folder(output).create(Settings(suite=found, models=models), Keyring.from_paths(keys))
+    _go(output, access, quiet, again=False)
+
+
+@suite.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--again", is_flag=True, help="Try what was skipped too.")
+@access_options
+@quiet_option
+def resume(folder: Path, again: bool, quiet: bool, **access: Unpack[AccessOptions]) -> None:
+    """Go on where a run ended, however it ended: what is finished is not repeated."""
+    _go(folder, access, quiet, again=again)
+
+
+def _go(path: Path, access: AccessOptions, quiet: bool, *, again: bool) -> None:
+    from fpforensics.verifier.report.analysis_text import render_summary
+    from fpforensics.verifier.suite.folder import Folder
+    from fpforensics.verifier.suite.sessions import Setting
+    from fpforensics.verifier.suite.suite import render_states, run_suite
+
+    folder = Folder(path)
+    settings = folder.load()
+    setting = Setting(folder=folder, suite=settings.suite, models=settings.models, access=make_access(access))
+    with progress_bar(quiet) as report:
+        written = run_suite(setting, report, again=again)
+    click.echo(render_summary(written.summary), nl=False)
+    click.echo()
+    click.echo(render_states(written), nl=False)
+    click.echo(f"{path}: report.html, summary.json and {len(list(folder.bundles.glob('*.msgpack')))} signed bundles")
+
+
+def _prover(text: str, index: int) -> ProverSpec:
+    from fpforensics.common.access import split_address
+    from fpforensics.verifier.suite.model import LOCAL, ProverSpec
+
+    endpoint, *labels = (part.strip() for part in text.split(","))
+    if endpoint != LOCAL:
+        split_address(endpoint)
+    pairs = [label.partition("=") for label in labels]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise UsageError(f"--prover {shorten(text)!r}", "write HOST:PORT,LABEL=VALUE, e.g. 10.0.0.5:7341,gpu=A100")
+    return ProverSpec(name=f"prover{index}", endpoint=endpoint, labels={key: value for key, _, value in pairs})

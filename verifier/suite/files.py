@@ -1,0 +1,277 @@
+"""The files that a run leaves: uniform JSON of each experiment, its analyses, the summary table, and what ran how long."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from fpforensics.common.errors import Error
+from fpforensics.common.lab.reader import open_experiment
+from fpforensics.common.lab.run import Run, RunInfo
+from fpforensics.common.lab.writer import RunDetails, write_experiment
+from fpforensics.verifier.analysis import Analysis, Canonical, analyze
+from fpforensics.verifier.analysis.environment import FieldComparison, compare_configurations
+from fpforensics.verifier.analysis.summary import SummaryRow, failed, summarize
+from fpforensics.verifier.export import configuration_of, metadata_of, run_of
+from fpforensics.verifier.intake import VerifiedBundle, open_bundle
+from fpforensics.verifier.matrix import MatrixReport
+from fpforensics.verifier.suite.folder import publish
+from fpforensics.verifier.suite.journal import Entry
+from fpforensics.verifier.suite.model import Experiment, ProverSpec, Variant
+from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs
+from fpforensics.verifier.suite.replays import claimed_verified, plan_replays
+from fpforensics.verifier.suite.sessions import Report, Setting
+
+REFERENCE_FILE = "reference_baseline.json"
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a config's repetitions took. ``slowdown`` is the mean over the baseline's, with a 95 % interval.
+
+    The interval is Fieller's for a ratio of means of unequal variance, with Welch's degrees of freedom; None where there are
+    too few repetitions, or where it is unbounded.
+    """
+
+    config: str
+    seconds: tuple[float, ...]
+    mean: float
+    variance: float
+    slowdown: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+class ConfigStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How one job ended: ``finished``, ``skipped``, ``blocked`` by another, ``failed``, ``stopped`` or ``open``, and why."""
+
+    prover: str
+    config: str
+    state: str
+    reason: str = ""
+
+
+class ExperimentReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One experiment: what ran, how long, what was measured. ``matrices`` are claimed × verified, by prover."""
+
+    name: str
+    variable: str
+    file: str
+    skipped: str
+    configs: tuple[ConfigStatus, ...]
+    timing: tuple[Timing, ...] = ()
+    environment: tuple[FieldComparison, ...] = ()
+    matrices: dict[str, tuple[MatrixReport, ...]] = {}
+    replays_skipped: dict[str, str] = {}
+    error: str = ""
+
+
+@dataclass
+class Written:
+    """Everything that the page shows."""
+
+    experiments: list[ExperimentReport] = field(default_factory=list)
+    analyses: dict[str, Analysis] = field(default_factory=dict)
+    summary: list[SummaryRow] = field(default_factory=list)
+
+
+def write_files(setting: Setting, ended: dict[str, Entry], report: Report = lambda _s, _d, _t: None) -> Written:
+    """Write every file anew from the bundles and replays that there are; each whole or not at all."""
+    suite, folder = setting.suite, setting.folder
+    jobs = plan_jobs(suite)
+    written = Written()
+    reference = Experiment(name="reference", variable="config", baseline=suite.baseline)
+    _experiment_file(setting, reference, jobs, ended, folder.path / REFERENCE_FILE)
+    for done, experiment in enumerate(suite.experiments):
+        report(f"writing {experiment.file}", done, len(suite.experiments))
+        made = _one(setting, experiment, jobs, ended, written)
+        written.experiments.append(made)
+    _json(folder.path / "analysis_reports.json", written.analyses)
+    _json(folder.path / "summary.json", written.summary)
+    _json(folder.path / "experiments.json", written.experiments)
+    return written
+
+
+def _one(
+    setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: dict[str, Entry], written: Written
+) -> ExperimentReport:
+    path = setting.folder.path / experiment.file
+    ran = [] if experiment.skip else _experiment_file(setting, experiment, jobs, ended, path)
+    report = ExperimentReport(
+        name=experiment.name,
+        variable=experiment.variable,
+        file=experiment.file if ran else "",
+        skipped=experiment.skip,
+        configs=tuple(_states(setting, experiment, jobs, ended)),
+    )
+    if not ran:
+        return report
+    compare = setting.suite.compare
+    try:
+        with open_experiment(path) as source:
+            analysis = analyze(source, canonical=cast(Canonical, compare.canonical), top=compare.top)
+            written.analyses[experiment.name] = analysis
+            written.summary += summarize(source, analysis, experiment.file)
+            environment = compare_configurations(source)
+    except Error as error:
+        written.summary.append(failed(experiment.file, error))
+        return msgspec.structs.replace(report, error=error.diagnostics())
+    found = {each.name: claimed_verified(setting, experiment, each.name) for each in setting.suite.provers}
+    wanted = {each.arithmetic for each in (experiment.baseline, *experiment.variants)}
+    return msgspec.structs.replace(
+        report,
+        environment=environment,
+        timing=tuple(_timings(setting, experiment, jobs, ended)),
+        matrices={name: matrices for name, matrices in found.items() if matrices},
+        replays_skipped={
+            each.name: ended[f"replay:{each.name}"].reason
+            for each in plan_replays(setting.suite)
+            if each.variant.arithmetic in wanted and ended.get(f"replay:{each.name}", _NONE).event == "skipped"
+        },
+    )
+
+
+_NONE = Entry(event="started", job="")
+
+
+def _experiment_file(
+    setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: dict[str, Entry], path: Path
+) -> list[str]:
+    """Write one experiment's uniform JSON; the ids of its configs, the baselines first. None without a finished baseline."""
+    members: list[tuple[ProverSpec, Variant, Job]] = []
+    for prover in setting.suite.provers:
+        own = [(prover, variant, job) for variant, job in jobs_of(experiment, jobs, prover.name) if _done(job, ended)]
+        if own and own[0][1].identity == experiment.baseline.identity:
+            members += own
+    if not members:
+        path.unlink(missing_ok=True)
+        return []
+    keyring = setting.folder.keyring()
+    with ExitStack() as stack:
+        opened = [
+            (each, stack.enter_context(open_bundle(setting.folder.bundle(each[2].id), keyring))) for each in members
+        ]
+        first = opened[0][1].evidence
+        metadata = metadata_of(first, "") | {
+            "experiment_type": experiment.name,
+            "variable_tested": experiment.variable,
+        }
+        configurations = [_configuration(prover, variant, bundle) for (prover, variant, _), bundle in opened]
+        write_experiment(path, metadata, configurations, _runs(setting, opened, ended))
+    return [configuration["config_id"] for configuration in configurations]
+
+
+def _configuration(prover: ProverSpec, variant: Variant, bundle: VerifiedBundle) -> dict[str, Any]:
+    row = bundle.evidence.rows[0]
+    found = configuration_of(bundle.evidence, row, "")
+    worker = {"worker_env": " ".join(f"{name}={value}" for name, value in sorted(variant.env.items()))}
+    return found | {
+        "config_id": f"{prover.name}_{variant.name}",
+        "hardware": prover.labels.get("gpu") or found["hardware"],
+        "variable_value": variant.value if variant.value != "" else variant.name,
+        "fixed_params": found["fixed_params"] | (worker if variant.env else {}),
+    }
+
+
+def _runs(
+    setting: Setting,
+    opened: Sequence[tuple[tuple[ProverSpec, Variant, Job], VerifiedBundle]],
+    ended: dict[str, Entry],
+) -> Iterator[tuple[Run, RunDetails]]:
+    index = 0
+    for (prover, variant, job), bundle in opened:
+        evidence, row = bundle.evidence, bundle.evidence.rows[0]
+        prompts = {entry.id: entry.prompt_ids for entry in evidence.references}
+        seconds = ended[job.id].wall_seconds or row.repetitions.wall_seconds
+        for entry in row.traces:
+            trace = bundle.trace(row, entry.reference_id)
+            info = RunInfo(
+                index,
+                f"{prover.name}_{variant.name}",
+                entry.reference_id,
+                setting.suite.repetitions - 1,
+                tuple(int(token) for token in trace.output_ids),
+                prompts[entry.reference_id].sha256,
+            )
+            details = {
+                "timestamp": evidence.created_at,
+                "runtime_seconds": seconds[-1],
+                "runtime_mean_seconds": statistics.fmean(seconds),
+                "runtime_variance": statistics.variance(seconds) if len(seconds) > 1 else 0.0,
+                "repetitions": {"count": setting.suite.repetitions, "bit_identical": ended[job.id].identical},
+            }
+            yield run_of(trace, prompts[entry.reference_id].shape[0], row.facts.model.num_layers, info), details
+            index += 1
+
+
+def _done(job: Job, ended: dict[str, Entry]) -> bool:
+    return job.id in ended and ended[job.id].event == "finished"
+
+
+def _states(
+    setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: dict[str, Entry]
+) -> Iterator[ConfigStatus]:
+    for prover in setting.suite.provers:
+        for variant, job in [] if experiment.skip else jobs_of(experiment, jobs, prover.name):
+            entry = ended.get(job.id)
+            state = "open" if entry is None else str(entry.event)
+            yield ConfigStatus(
+                prover=prover.name, config=variant.name, state=state, reason=entry.reason if entry else ""
+            )
+
+
+def _timings(
+    setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: dict[str, Entry]
+) -> Iterator[Timing]:
+    for prover in setting.suite.provers:
+        base: tuple[float, ...] = ()
+        for variant, job in jobs_of(experiment, jobs, prover.name):
+            if not _done(job, ended):
+                continue
+            seconds = ended[job.id].wall_seconds
+            base = base or seconds
+            own = seconds is base
+            yield Timing(
+                config=f"{prover.name}_{variant.name}",
+                seconds=seconds,
+                mean=statistics.fmean(seconds),
+                variance=statistics.variance(seconds) if len(seconds) > 1 else 0.0,
+                slowdown=None if own else statistics.fmean(seconds) / statistics.fmean(base),
+                interval=None if own else slowdown_interval(seconds, base),
+            )
+
+
+def slowdown_interval(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:
+    """A 95 % confidence interval of the ratio of two means (Fieller 1954); None where there is none that is bounded."""
+    if min(len(seconds), len(base)) < 2:
+        return None
+    a, b = statistics.fmean(seconds), statistics.fmean(base)
+    va, vb = statistics.variance(seconds) / len(seconds), statistics.variance(base) / len(base)
+    if va + vb == 0:
+        return a / b, a / b
+    freedom = (va + vb) ** 2 / (va**2 / (len(seconds) - 1) + vb**2 / (len(base) - 1))
+    t = _t_quantile(freedom)
+    g = t * t * vb / (b * b)
+    if g >= 1:
+        return None
+    centre = a / b / (1 - g)
+    half = t / (b * (1 - g)) * math.sqrt((1 - g) * va + (a / b) ** 2 * vb)
+    return centre - half, centre + half
+
+
+_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def _t_quantile(freedom: float) -> float:
+    """Student's t at 0.975, for the whole degrees of freedom below: never too narrow."""
+    whole = max(1, int(freedom))
+    return _T975[whole - 1] if whole <= len(_T975) else _T975[-1]
+
+
+def _json(path: Path, value: object) -> None:
+    publish(path, msgspec.json.format(msgspec.json.encode(value)))

@@ -1,0 +1,226 @@
+"""Replays on the verifier: each config is loaded once and forced through every bundle that it is compared with.
+
+What a config's replays measured is one file, whole or not there: the distances from each claimed trace, and a fingerprint
+that says which configs' replays were bit-identical.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import msgspec
+
+from fpforensics.common.cache import write_atomically
+from fpforensics.common.engines.base import EngineFacts
+from fpforensics.common.engines.preflight import require_runnable
+from fpforensics.common.errors import (
+    CancelledError,
+    MissingDependencyError,
+    ReplayError,
+    UnknownModelError,
+    UsageError,
+    shorten,
+)
+from fpforensics.common.models import resolve_model, weights_digest
+from fpforensics.verifier.check import run_as
+from fpforensics.verifier.coherence import require_coherent
+from fpforensics.verifier.distance import Cell, trace_distances
+from fpforensics.verifier.intake import VerifiedBundle, open_bundle
+from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrices, kernel_classes
+from fpforensics.verifier.replay import fingerprint, held_layers
+from fpforensics.verifier.suite.folder import is_full
+from fpforensics.verifier.suite.journal import Entry, Journal
+from fpforensics.verifier.suite.model import Experiment, Suite, Variant
+from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs
+from fpforensics.verifier.suite.sessions import Report, Setting
+
+MAX_REASON = 600
+
+
+class Distance(msgspec.Struct, frozen=True):
+    """The distance of one reference in one cell."""
+
+    cell: Cell
+    value: float
+
+
+class Replayed(msgspec.Struct, frozen=True, kw_only=True):
+    """One claimed bundle's replay: its digest, distances by reference, and the fingerprint of the replay's own bits."""
+
+    digest: str
+    distances: dict[str, list[Distance]]
+    fingerprint: str
+
+
+class ReplayFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What one verified config's worker measured, by the id of the job that is claimed."""
+
+    facts: EngineFacts
+    seconds: float
+    claimed: dict[str, Replayed]
+
+
+class VerifiedVariant(msgspec.Struct, frozen=True, kw_only=True):
+    """One config to replay, and the jobs whose bundles it is forced through."""
+
+    name: str
+    variant: Variant
+    jobs: tuple[str, ...]
+
+
+def plan_replays(suite: Suite) -> tuple[VerifiedVariant, ...]:
+    """Each config once, with every job that shares an experiment with it."""
+    jobs = plan_jobs(suite)
+    found: dict[str, tuple[Variant, dict[str, None]]] = {}
+    for experiment in suite.experiments:
+        if experiment.skip:
+            continue
+        claimed = [job.id for prover in suite.provers for _, job in jobs_of(experiment, jobs, prover.name)]
+        for variant in (experiment.baseline, *experiment.variants):
+            found.setdefault(variant.arithmetic, (variant, {}))[1].update(dict.fromkeys(claimed))
+    taken: set[str] = set()
+    planned = []
+    for variant, wanted in found.values():
+        name = variant.name
+        while name.lower() in taken:
+            name += "_"
+        taken.add(name.lower())
+        planned.append(VerifiedVariant(name=name, variant=variant, jobs=tuple(wanted)))
+    return tuple(planned)
+
+
+def run_replays(
+    setting: Setting,
+    journal: Journal,
+    report: Report = lambda _stage, _done, _total: None,
+    *,
+    again: bool = False,
+) -> None:
+    """Make every replay that is missing. A config that cannot be replayed here is skipped with its reason."""
+    if not setting.suite.replay.enabled:
+        return
+    finished = journal.latest("finished")
+    planned = plan_replays(setting.suite)
+    for number, each in enumerate(planned, start=1):
+        wanted = {job: finished[job].digest for job in each.jobs if job in finished}
+        known = read_replay(setting.folder.replay(each.name))
+        if not wanted or (
+            known and {job: found.digest for job, found in known.claimed.items()}.items() >= wanted.items()
+        ):
+            continue
+        name = f"replay:{each.name}"
+        last = journal.latest().get(name)
+        if last is not None and last.event == "skipped" and not again:
+            continue
+
+        def tell(
+            stage: str, done: int, total: int, what: str = f"replay {each.name} ({number} of {len(planned)})"
+        ) -> None:
+            report(f"{what}: {stage}", done, total)
+
+        journal.add(Entry(event="started", job=name, at=time.time()))
+        try:
+            measured = _replay(setting, each.variant, wanted, tell)
+        except CancelledError:
+            raise
+        except (UsageError, MissingDependencyError, ReplayError) as error:
+            if is_full(error):
+                raise
+            reason = shorten(error.diagnostics(), MAX_REASON)
+            journal.add(Entry(event="skipped", job=name, at=time.time(), reason=reason))
+            continue
+        write_atomically(setting.folder.replay(each.name), msgspec.json.encode(measured))
+        journal.add(Entry(event="finished", job=name, at=time.time(), seconds=measured.seconds))
+
+
+def read_replay(path: Path) -> ReplayFile | None:
+    """What was measured, or None where nothing was."""
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ReplayFile)
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return None
+
+
+def claimed_verified(setting: Setting, experiment: Experiment, prover: str) -> tuple[MatrixReport, ...]:
+    """The matrices claimed × verified of one experiment on one prover; none where nothing was replayed."""
+    jobs = jobs_of(experiment, plan_jobs(setting.suite), prover)
+    replays = {each.variant.arithmetic: each.name for each in plan_replays(setting.suite)}
+    measurements: list[Measurement] = []
+    prints: dict[str, dict[str, str]] = {}
+    for variant, _ in jobs:
+        measured = read_replay(setting.folder.replay(replays[variant.arithmetic]))
+        for claimed, job in jobs:
+            found = measured.claimed.get(job.id) if measured else None
+            if found is None or not setting.folder.bundle(job.id).exists():
+                continue
+            prints.setdefault(variant.name, {})[claimed.name] = found.fingerprint
+            measurements += [
+                Measurement(
+                    row=claimed.name,
+                    column=variant.name,
+                    reference_id=reference,
+                    distances={each.cell: each.value for each in distances},
+                )
+                for reference, distances in found.distances.items()
+            ]
+    if not measurements:
+        return ()
+    classes = kernel_classes((a, b) for a, b in combinations(prints, 2) if prints[a] == prints[b])
+    return tuple(matrix.to_report(classes) for matrix in build_matrices(measurements))
+
+
+def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Report) -> ReplayFile:
+    settings = setting.suite.replay
+    host = setting.host(settings.device, variant)
+    config = run_as(variant.config, settings.using)
+    require_runnable([config], host)
+    held = weights_digest(resolve_model(config.model, config.revision, setting.models).path)
+    keyring = setting.folder.keyring()
+    started = time.perf_counter()
+    found: dict[str, Replayed] = {}
+    tell("starting", 0, len(wanted))
+    with setting.start(msgspec.structs.replace(config, weights_digest=held), host, setting.cancelled) as engine:
+        for done, job in enumerate(wanted):
+            tell(job, done, len(wanted))
+            with open_bundle(setting.folder.bundle(job), keyring) as bundle:
+                row = bundle.evidence.rows[0]
+                _require_same_weights(bundle, variant, held)
+                require_coherent(bundle, [row])
+                forcings = [bundle.forcing(row, entry.reference_id) for entry in row.traces]
+                capture = held_layers(bundle.evidence.capture, [row])
+                traces = engine.teacher_force(forcings, capture, settings.mode)
+                found[job] = Replayed(
+                    digest=bundle.digest,
+                    fingerprint=fingerprint(traces),
+                    distances={
+                        trace.reference_id: [
+                            Distance(cell, value)
+                            for cell, value in trace_distances(bundle.trace(row, trace.reference_id), trace).items()
+                        ]
+                        for trace in traces
+                    },
+                )
+        facts = engine.facts()
+    return ReplayFile(facts=facts, seconds=time.perf_counter() - started, claimed=found)
+
+
+def _require_same_weights(bundle: VerifiedBundle, variant: Variant, held: str) -> None:
+    """A bundle about the very checkpoint that is loaded here must state its digest."""
+    row = bundle.evidence.rows[0]
+    stated = row.facts.model.weights_digest
+    if row.config.model == variant.config.model and stated != held:
+        raise UnknownModelError(
+            f"the bundle states weights {shorten(stated, 24)} for {shorten(row.config.model)!r}, "
+            f"the checkpoint here is {shorten(held, 24)}",
+            "both sides must hold the same checkpoint: name it with --model-path",
+        )
+
+
+def replay_loads(suite: Suite, jobs: Sequence[Job]) -> int:
+    """How many times a model is loaded for replays, at most."""
+    return len(plan_replays(suite)) if suite.replay.enabled and jobs else 0
