@@ -10,7 +10,7 @@ from check_results import sample
 
 from fpforensics.common.config import ExecutionConfig, parse_claim, parse_config
 from fpforensics.common.errors import UsageError
-from fpforensics.verifier.check import _run_as
+from fpforensics.verifier.check import run_as
 from fpforensics.verifier.collector import Checked, MemberReport
 from fpforensics.verifier.decision import RowVerdict
 from fpforensics.verifier.replay import anchor_of, on_transformers, weights_of
@@ -23,7 +23,7 @@ def of(claim: str, config: str, *others: str, using: str = "") -> tuple[RowVerdi
     row = msgspec.structs.replace(result.rows[0], verdict="CONSISTENT", reasons=("it fits",))
     claimed = parse_config(config)
     reports = [
-        msgspec.structs.replace(result.lineup[0], id=str(number), config=each, runs_as=_run_as(each, using))
+        msgspec.structs.replace(result.lineup[0], id=str(number), config=each, runs_as=run_as(each, using))
         for number, each in enumerate([claimed, *map(parse_config, others)])
     ]
     each = Checked.__new__(Checked)
@@ -93,4 +93,4 @@ def test_what_transformers_runs_in_place_of_vllm() -> None:
 @pytest.mark.parametrize("using", ["backend=vllm", "dtype=fp16"])
 def test_using_is_only_about_how_replays_are_computed(using: str) -> None:
     with pytest.raises(UsageError, match="--using"):
-        _run_as(parse_config("backend=vllm"), using)
+        run_as(parse_config("backend=vllm"), using)
