@@ -14,9 +14,13 @@ of these prompts.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import Pool as Workers
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +120,16 @@ def main() -> None:
     rates_.add_argument("--verdicts", type=int, default=1000, help="of each honest row")
     rates_.add_argument("--prompts", type=int, nargs="+", default=[1, 3, 8, 24])
     rates_.add_argument("--lies", type=int, default=200, help="of each lie")
+    rates_.add_argument("--positions", type=int, nargs="+", default=[3, 16, 64])
+    rates_.add_argument("--jobs", type=int, default=1, help="processes; the figures are the same with any number")
     picture_ = commands.add_parser("picture")
     picture_.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "images" / "layers.png")
     arguments = parser.parse_args()
     if arguments.command == "reduce":
         reduce(arguments.files, arguments.output)
     elif arguments.command == "rates":
-        print_rates(load(), arguments.prompts, arguments.verdicts, arguments.lies)
+        with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+            print_rates(pool, arguments.positions, arguments.prompts, arguments.verdicts, arguments.lies)
     else:
         draw(load(), arguments.output)
 
@@ -336,41 +343,63 @@ def singles(case: Case, profile: Profile, count: int) -> list[Counter[str]]:
     return found
 
 
-def print_rates(directions: Sequence[Direction], sizes: Sequence[int], honest: int, lies: int) -> None:
-    rng, profile = np.random.default_rng(0), built_in_profile()
-    for count in (3, 16, 64):
-        for prompts in sizes:
-            drawn = (
-                "every prompt and window"
-                if prompts == 1
-                else f"{honest} drawn for each honest case, {lies} for each lie"
+@dataclass(frozen=True)
+class Work:
+    """One case's verdicts to count: ``count`` positions of ``prompts`` prompts, ``wanted`` of them drawn."""
+
+    number: int
+    count: int
+    prompts: int
+    honest: int
+    lies: int
+
+
+@functools.cache
+def _loaded() -> tuple[list[Case], Profile]:
+    return list(cases(load())), built_in_profile()
+
+
+def judge(work: Work) -> list[Counter[str]]:
+    """Outcomes, by prompt where every prompt stands alone. Seeded by the case: any number of processes gives the same."""
+    every, profile = _loaded()
+    case = every[work.number]
+    if work.prompts == 1:
+        return singles(case, profile, work.count)
+    wanted = work.honest if case.honest else work.lies
+    rng = np.random.default_rng([work.count, work.prompts, work.number])
+    return [verdicts(case, profile, work.prompts, work.count, wanted, rng)]
+
+
+def print_rates(pool: Workers, positions: Sequence[int], sizes: Sequence[int], honest: int, lies: int) -> None:
+    every, _ = _loaded()
+    for count, prompts in itertools.product(positions, sizes):
+        drawn = "every prompt and window"
+        if prompts > 1:
+            drawn = f"{honest} drawn for each honest case, {lies} for each lie"
+        print(f"\n{prompts} prompts, {count} positions: {drawn}", flush=True)
+        asked = [Work(number, count, prompts, honest, lies) for number in range(len(every))]
+        honest_by_prompt: list[list[Counter[str]]] = []
+        totals = {True: Counter[str](), False: Counter[str]()}
+        for case, alone in zip(every, pool.imap(judge, asked), strict=True):
+            found = sum(alone, Counter[str]())
+            if case.honest:
+                honest_by_prompt.append(alone)
+            if case.honest or (case.row in KERNELS and case.claimed in KERNELS):
+                totals[case.honest] += found
+            kind = "honest" if case.honest else "lie"
+            shares = "  ".join(
+                f"{what} {found[what] / found['verdicts']:7.2%}" for what in ("INCONSISTENT", "CONSISTENT", "nearest")
             )
-            print(f"\n{prompts} prompts, {count} positions: {drawn}", flush=True)
-            honest_by_prompt: list[list[Counter[str]]] = []
-            totals = {True: Counter[str](), False: Counter[str]()}
-            for case in cases(directions):
-                if prompts == 1:
-                    alone = singles(case, profile, count)
-                    found = sum(alone, Counter[str]())
-                    if case.honest:
-                        honest_by_prompt.append(alone)
-                else:
-                    found = verdicts(case, profile, prompts, count, honest if case.honest else lies, rng)
-                if case.honest or (case.row in KERNELS and case.claimed in KERNELS):
-                    totals[case.honest] += found
-                kind = "honest" if case.honest else "lie"
-                shares = "  ".join(
-                    f"{what} {found[what] / found['verdicts']:7.2%}"
-                    for what in ("INCONSISTENT", "CONSISTENT", "nearest")
-                )
-                print(f"  {kind:<7}{case.direction.name:<13}{case.row:<22} claimed {case.claimed:<22} {shares}")
-            for which, said in ((True, "all honest claims"), (False, "lies among the four kernels")):
-                share = totals[which]["INCONSISTENT"] / totals[which]["verdicts"]
-                print(f"  {said}: INCONSISTENT {share:.2%} of {totals[which]['verdicts']}", end="")
-                if which and prompts == 1:
-                    low, high = over_prompts(honest_by_prompt, rng)
-                    print(f", 95 % over prompts [{low:.2%}, {high:.2%}]", end="")
-                print()
+            print(f"  {kind:<7}{case.direction.name:<13}{case.row:<22} claimed {case.claimed:<22} {shares}", flush=True)
+        for which, said in ((True, "all honest claims"), (False, "lies among the four kernels")):
+            of = totals[which]
+            print(f"  {said}: ", end="")
+            print(", ".join(f"{what} {of[what] / of['verdicts']:.2%}" for what in ("INCONSISTENT", "CONSISTENT", "nearest")), end="")  # fmt: skip
+            print(f" of {of['verdicts']}", end="")
+            if which and prompts == 1:
+                low, high = over_prompts(honest_by_prompt, np.random.default_rng(0))
+                print(f", INCONSISTENT with 95 % over prompts [{low:.2%}, {high:.2%}]", end="")
+            print(flush=True)
 
 
 def over_prompts(by_case: Sequence[Sequence[Counter[str]]], rng: Any, draws: int = 10_000) -> tuple[float, float]:
