@@ -104,23 +104,18 @@ class Recorder:
     def finish(self) -> Report:
         """Everything on the host."""
         pipeline_rank, tensor_rank = self._ranks
-        slots: dict[str, list[int]] = {task.key: [] for task in self._job.tasks}
-        where: dict[str, list[int]] = {task.key: [] for task in self._job.tasks}
-        for row, (key, slot) in enumerate(self._entries):
-            slots[key].append(slot)
-            where[key].append(row)
         failed, hint = self._failed, self._hint
         if self._seen and not failed and not bool(torch.cat(self._seen).all()):
             failed, hint = "the logits are not finite", "the model overflows in this dtype: use dtype=bf16 or fp32"
-        order = {key: np.array(rows, np.int64)[np.argsort(slots[key], kind="stable")] for key, rows in where.items()}
+        deal = _Deal(self._job.tasks, self._entries, self._device)
         rows = {task.key: Rows(key=task.key) for task in self._job.tasks if len(task.positions)}
         if tensor_rank == 0:
             for name, parts in self._columns.items():
-                self._deal(parts, order, lambda key, part, name=name: setattr(rows[key], name, part))  # type: ignore[misc]
+                deal(parts, lambda key, part, name=name: setattr(rows[key], name, part))  # type: ignore[misc]
             for block, parts in self._hidden.items():
-                self._deal(parts, order, lambda key, part, block=block: rows[key].hidden.update({block: part}))  # type: ignore[misc]
+                deal(parts, lambda key, part, block=block: rows[key].hidden.update({block: part}))  # type: ignore[misc]
         for block, parts in self._keys.items():
-            self._deal(parts, order, lambda key, part, block=block: rows[key].keys.update({block: part}))  # type: ignore[misc]
+            deal(parts, lambda key, part, block=block: rows[key].keys.update({block: part}))  # type: ignore[misc]
         return Report(
             pipeline_rank=pipeline_rank,
             tensor_rank=tensor_rank,
@@ -130,14 +125,6 @@ class Recorder:
             failed=failed,
             hint=hint,
         )
-
-    def _deal(self, parts: list[torch.Tensor], order: dict[str, Array], give: Callable[[str, Array], None]) -> None:
-        if not parts:
-            return
-        every = to_numpy(torch.cat(parts))
-        for key, rows in order.items():
-            if len(rows):
-                give(key, every[rows])
 
     def _named(self, task: Task | None, number: int, logprobs_V: torch.Tensor) -> int:  # noqa: N803
         """The token that is not simply the most likely one, or -1."""
@@ -194,6 +181,32 @@ class Recorder:
             self._columns["logits"].append(logits_mV.clone())
 
 
+class _Deal:
+    """Brings kept rows to the host, each task's together in the order of its positions: put in order on the device, so that
+    every share is a view of one transfer.
+    """
+
+    def __init__(self, tasks: Sequence[Task], entries: Sequence[tuple[str, int]], device: torch.device) -> None:
+        number = {task.key: index for index, task in enumerate(tasks)}
+        owner = np.array([number[key] for key, _ in entries], np.int64)
+        order = np.lexsort(([slot for _, slot in entries], owner)) if entries else owner
+        edges = np.searchsorted(owner[order], np.arange(len(tasks) + 1))
+        self._shares = {
+            task.key: slice(edges[i], edges[i + 1]) for i, task in enumerate(tasks) if edges[i + 1] > edges[i]
+        }
+        sorted_already = bool((order[1:] > order[:-1]).all())
+        self._order = None if sorted_already else torch.from_numpy(order).to(device)
+
+    def __call__(self, parts: list[torch.Tensor], give: Callable[[str, Array], None]) -> None:
+        """``give`` each task its share of the rows in ``parts``."""
+        if not parts:
+            return
+        rows = torch.cat(parts)
+        every = to_numpy(rows if self._order is None else rows.index_select(0, self._order))
+        for key, share in self._shares.items():
+            give(key, every[share])
+
+
 class _Step:
     """The wanted rows of one forward: first those that decide nothing, request by request, then the deciding ones."""
 
@@ -240,6 +253,7 @@ class _Step:
             + [last for _, _, _, last in every]
             + measured,
             dtype=torch.int64,
+            pin_memory=device.type == "cuda",
         ).to(device, non_blocking=True)
         count = len(every)
         self.rows_R = packed[:count]

@@ -121,7 +121,8 @@ def _whole_keys(held: Sequence[tuple[Report, Rows]], ranks: Sequence[WorkerFacts
     for block, found in parts.items():
         ordered = [rows for _, rows in sorted(found, key=lambda each: each[0])]
         repeated = max(1, copies.key_heads * len(ordered) // max(1, copies.total_key_heads))
-        whole[block] = np.concatenate(ordered[::repeated], axis=1)
+        heads = ordered[::repeated]
+        whole[block] = heads[0] if len(heads) == 1 else np.concatenate(heads, axis=1)
     return whole
 
 

@@ -14,7 +14,7 @@ from fpforensics.common.engines import vllm_compat as compat
 from fpforensics.common.engines.transformers_capture import decoder_blocks
 from fpforensics.common.engines.vllm_capture import Recorder
 from fpforensics.common.engines.vllm_facts import worker_facts
-from fpforensics.common.engines.vllm_jobs import Job, pack, unpack
+from fpforensics.common.engines.vllm_jobs import Job, Report, pack, unpack
 from fpforensics.common.engines.vllm_taps import Taps
 
 
@@ -55,13 +55,14 @@ class EvidenceWorker(compat.platform_worker()):  # type: ignore[misc]
         self._taps.plant(job.blocks if job.capture else [])
         self._recorder = Recorder(job, self._taps, runner.model.compute_logits, runner.device, compat.ranks())
 
-    def evidence_finish(self) -> bytes:
-        """The job is done: what this rank recorded (:class:`Report`)."""
+    def evidence_finish(self, alone: bool) -> Report | bytes:
+        """The job is done: what this rank recorded; packed, unless it is ``alone`` and so in the engine's own process."""
         recorder, self._recorder = self._recorder, None
         self._taps.remove()
         assert recorder is not None
         with torch.inference_mode():
-            return pack(recorder.finish())
+            report = recorder.finish()
+        return report if alone else pack(report)
 
     def evidence_abandon(self) -> None:
         """Forget the job, if there is one."""
