@@ -86,9 +86,12 @@ MEMBERS = (
     "compile=true",
 )
 ANCHOR = "dtype=fp32"
+DENSE = ("none", "awq", "gptq")
+"""Quantizations whose products are plain ones in a replay: AWQ and GPTQ are dequantized at load."""
 DISTURBED = "disturbed"
 WRONG_PROMPT = "wrong-prompt"
 CAPTURE = CapturePlan(prefill_positions=64)
+SHORT = (*EARLY, SignalKey("logprobs"))
 # What a distance keeps of its mantissa, so that the files compress: a relative error of 2^-11.
 _MANTISSA_BITS = 10
 
@@ -114,9 +117,13 @@ def main() -> None:
             command.add_argument("folder", type=Path)
             command.add_argument("--member", action="append")
             command.add_argument(
-                "--early", action="store_true", help="only prompt positions, the cells that decide, no controls"
+                "--early",
+                action="store_true",
+                help="only prompt positions; the cells that decide and log-probabilities; no controls",
             )
             command.add_argument("--using", default="", help="matmul=fp32-rounded: how this verifier computes products")
+            command.add_argument("--base", default="", help="what members are changes to, e.g. model=awq,quant=awq")
+            command.add_argument("--model-path", action="append", default=[], metavar="NAME=FOLDER")
     arguments = parser.parse_args()
     host = Host(device=arguments.device, env=dict(each.split("=", 1) for each in arguments.env))
     if arguments.command == "record":
@@ -156,6 +163,8 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
     bundles = [open_bundle(path, keyring) for path in sorted(arguments.folder.glob("*.msgpack"))]
     claimed = [claimed_traces(bundle) for bundle in bundles]
     members = [ANCHOR, *(arguments.member or MEMBERS)]
+    base = parse_config(arguments.base)
+    host = msgspec.structs.replace(host, models=dict(pair.split("=", 1) for pair in arguments.model_path))
     disturbed = Path(arguments.output).with_suffix(".model")
     if not arguments.early:
         disturb(resolve_model(ExecutionConfig().model).path, disturbed)
@@ -171,8 +180,8 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
         if time.perf_counter() - started > arguments.seconds:
             say(f"{spec}: no time left")
             continue
-        config = parse_config(spec)
-        if using != "native" and config.dtype in ("bf16", "fp16") and config.quantization == "none":
+        config = parse_config(spec, base)
+        if using != "native" and config.dtype in ("bf16", "fp16") and config.quantization in DENSE:
             config = msgspec.structs.replace(config, matmul=using)
         before = time.perf_counter()
         try:
@@ -181,7 +190,7 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
             say(f"{spec}: {error.diagnostics()}")
             continue
         anchors = anchors or traces
-        names.append(config_id(parse_config(spec)))
+        names.append(config_id(parse_config(spec, base), base))
         evidence.append([measure(ours, theirs) for ours, theirs in zip(claimed, traces, strict=True)])
         noise.append([measure(ours, theirs) for ours, theirs in zip(traces, anchors, strict=True)])
         if spec == "attn=sdpa" and not arguments.early:
@@ -191,7 +200,7 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
             noise.append(noise[-1])
         say(f"{spec}: {time.perf_counter() - before:.0f} s")
     shutil.rmtree(disturbed, ignore_errors=True)
-    keys = EARLY if arguments.early else cell_keys(claimed[0][0])
+    keys = SHORT if arguments.early else cell_keys(claimed[0][0])
     cells = [str(key.signal) + (f"/{key.layer}" if key.layer else "") for key in keys]
     np.savez_compressed(
         arguments.output,
@@ -200,7 +209,7 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
         cells=np.array(cells),
         prefill=np.array(CAPTURE.prefill_positions),
         evidence=shortened(np.array(evidence).swapaxes(0, 1)),
-        # Without decode positions the replays are the same for every row: once is enough.
+        # Without decode positions the replays are the same for every row, but for the ids of log-probabilities: once is enough.
         noise=shortened(np.array(noise).swapaxes(0, 1)[: 1 if arguments.early else None]),
     )
     say(f"{arguments.output}: {arguments.output.stat().st_size} bytes")
@@ -274,9 +283,9 @@ def table(claimed: Sequence[Trace], replay: Sequence[Trace]) -> Any:
 
 
 def early_table(claimed: Sequence[Trace], replay: Sequence[Trace]) -> Any:
-    """(references, cells of EARLY, prompt positions)."""
+    """(references, cells of SHORT, prompt positions)."""
     keys = cell_keys(claimed[0])
-    return table(claimed, replay)[:, [keys.index(key) for key in EARLY], : CAPTURE.prefill_positions]
+    return table(claimed, replay)[:, [keys.index(key) for key in SHORT], : CAPTURE.prefill_positions]
 
 
 def last_rows(trace: Any, like: Any, count: int) -> Any:

@@ -1,18 +1,21 @@
 """What capture costs under vLLM: tokens per second with capture off, log-probabilities only, and all of the default plan.
 
-    python bench/vllm_capture.py [--model smollm2-135m] [--config compile=true,graphs=true] [--prompt 256] [--new 64]
+    python bench/vllm_capture.py [--model smollm2-135m | --shape 1b] [--config compile=true,graphs=true] [--prompt 256] [--new 64]
         [--batch 1 32] [--repetitions 3]
 
 One engine for each batch size, in this process; medians over interleaved repetitions. ``--batch N`` above 1 runs N
-references together (``batch=auto``), all of them captured. The replay is a prefill replay of the same tokens.
+references together (``batch=auto``), all of them captured. The replay is a prefill replay of the same tokens. ``--shape 1b``
+takes random weights of the shape of Llama 3.2 1B.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +34,25 @@ PLANS: dict[str, CapturePlan | None] = {
 }
 
 
+SHAPES = {
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--config", default="", help="e.g. compile=true,graphs=true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens")
@@ -41,14 +60,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
-    for batch in options.batch:
-        spec = f"model={options.model},backend=vllm,batch={'1' if batch == 1 else 'auto'},{options.config}"
-        engine = VllmEngine(parse_config(spec.rstrip(",")), Host(device=options.device))
-        try:
-            print(describe(engine.config, torch.device(engine.facts().device)))
-            measure(engine, batch, options)
-        finally:
-            engine.close()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape:
+            write_random(options.shape, Path(folder))
+        model = options.shape or options.model
+        host = Host(device=options.device, models={options.shape: folder} if options.shape else {})
+        for batch in options.batch:
+            spec = f"model={model},backend=vllm,batch={'1' if batch == 1 else 'auto'},{options.config}"
+            engine = VllmEngine(parse_config(spec.rstrip(",")), host)
+            try:
+                print(describe(engine.config, torch.device(engine.facts().device)))
+                measure(engine, batch, options)
+            finally:
+                engine.close()
+
+
+def write_random(shape: str, folder: Path) -> None:
+    """A checkpoint of random weights in bf16, without a tokenizer: prompts are token ids."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
 
 
 def measure(engine: VllmEngine, batch: int, options: argparse.Namespace) -> None:
@@ -77,14 +110,19 @@ def measure(engine: VllmEngine, batch: int, options: argparse.Namespace) -> None
         if repetition:
             seconds["replay"].append(spent)
     tokens, off = batch * options.new, statistics.median(seconds["off"])
+    spread = {name: f"{min(each):.3f} to {max(each):.3f} s" for name, each in seconds.items()}
     print(
         f"batch {batch}: {options.prompt} prompt and {options.new} new tokens each, {engine.facts().attention_kernels}"
     )
     for name in PLANS:
         spent = statistics.median(seconds[name])
-        print(f"  capture {name:12s} {tokens / spent:10.1f} tokens/s  {100 * (spent / off - 1):+6.1f} %")
+        print(
+            f"  capture {name:12s} {tokens / spent:10.1f} tokens/s  {100 * (spent / off - 1):+6.1f} %  ({spread[name]})"
+        )
     spent = statistics.median(seconds["replay"])
-    print(f"  prefill replay       {tokens / spent:10.1f} tokens/s  {off / spent:6.1f} times as fast as generating")
+    print(
+        f"  prefill replay       {tokens / spent:10.1f} tokens/s  {off / spent:6.1f} times as fast as generating ({spread['replay']})"
+    )
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

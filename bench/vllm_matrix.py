@@ -6,7 +6,7 @@
 Each SPEC is a config as the prover takes it, e.g. ``model=base,attn=vllm_triton`` (``backend=vllm`` is implied; say
 ``backend=transformers`` for the other engine). Stage ``make`` starts each config once: the prover's session writes its bundle, then
 the first config's tokens are forced through it in both modes. Stage ``cross`` starts each again and replays every bundle in DIR.
-With ``--compact`` each config also leaves a bundle that is small enough to keep. A config that fails is reported and left out. What is left when the time is over is named in ``results.json``.
+With ``--compact`` each config also leaves a bundle that is small enough to keep, with ``--wide`` one of many prompts. A config that fails is reported and left out. What is left when the time is over is named in ``results.json``.
 
 DIR/results.json: facts, seconds, failures, kernel classes by mode. DIR/distances.npz: ``shared/{mode}/{cell}`` and
 ``cross/{mode}/{cell}`` (C, C) float64, rows claimed, columns verified, NaN where nothing ran; ``names`` (C,).
@@ -111,6 +111,17 @@ class Driver:
                 sampling=Sampling(max_new_tokens=5),
             )
             run_session(small, self.host, KEY, self.bundle(name, "compact"), start=running)
+        if options.wide:
+            wide = msgspec.structs.replace(
+                plan,
+                references=options.wide,
+                prompt_tokens=64,
+                capture=CapturePlan(layers=("1", "2", "4"), prefill_positions=64, top_k=5),
+                layers_named=True,
+                sampling=Sampling(max_new_tokens=1),
+                repetitions=1,
+            )
+            run_session(wide, self.host, KEY, self.bundle(name, "wide"), start=running)
         with open_bundle(self.bundle(name), Keyring([KEY.public])) as bundle:
             (row,) = bundle.evidence.rows
             repetitions = row.repetitions
@@ -203,6 +214,13 @@ def main() -> None:
     parser.add_argument("--debug", default="0")
     parser.add_argument(
         "--compact", action="store_true", help="also a bundle of few positions and layers, small enough to keep"
+    )
+    parser.add_argument(
+        "--wide",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also a bundle of N short prompts, for bench/evidence.py replay",
     )
     driver = Driver(parser.parse_args())
     if driver.options.stage != "cross":
