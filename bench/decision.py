@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small import save_small
 
 from fpforensics.common.config import parse_config
 from fpforensics.verifier.calibrated import Calibration, Part
@@ -180,7 +181,7 @@ def reduce(files: Sequence[Path], output: Path) -> None:
             kept |= {f"{path.stem}.rows": np.array(rows), f"{path.stem}.members": np.array(members)}
             kept |= {f"{path.stem}.cells": data["cells"]}
             kept |= {f"{path.stem}.evidence": shrink(evidence), f"{path.stem}.noise": shrink(noise)}
-    np.savez_compressed(output, **kept)
+    save_small(output, **kept)
     print(f"{output}: {output.stat().st_size} bytes")
 
 

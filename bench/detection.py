@@ -49,6 +49,7 @@ from peers import (
     token_margins,
     toploc_numbers,
 )
+from small import save_small
 from standings import print_standings
 
 from fpforensics.common.config import ExecutionConfig, parse_config
@@ -126,7 +127,7 @@ def reduce(arguments: argparse.Namespace) -> None:
     early = [kept.early(shared, k) for k in DIMENSIONS]
     seconds |= {name: float(np.median(values)) for name, values in kept.seconds.items()}
     machine = describe_environment()
-    np.savez_compressed(
+    save_small(
         arguments.output,
         runs=np.array(names),
         members=np.array([*KERNELS, ANCHOR]),

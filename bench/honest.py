@@ -20,6 +20,7 @@ from typing import Any
 import decision
 import msgspec
 import numpy as np
+from small import save_small
 
 from fpforensics.verifier.lanes import ALPHA, LANES
 from fpforensics.verifier.pooling import HonestPrompt, HonestScore, pool_of, window_scores
@@ -94,7 +95,7 @@ def reduce(files: Sequence[Path], output: Path) -> None:
             scores.append(row_scores(direction, row))
     steps = np.rint(np.array(scores) / STEP)
     codes = np.where(np.isnan(steps), np.iinfo(np.int16).min, np.clip(steps, -32000, 32000)).astype(np.int16)
-    np.savez_compressed(output, rows=np.array(rows), scores=codes)
+    save_small(output, rows=np.array(rows), scores=codes)
     print(f"{output}: {output.stat().st_size} bytes, {codes.shape[2]} prompts, {len(rows)} rows")
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from small import save_small
 
 from fpforensics.common.config import ExecutionConfig, parse_config
 from fpforensics.common.engines import in_process
@@ -69,7 +70,7 @@ def main() -> None:
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     stacked = np.stack(list(found.values()), axis=1)  # (bundles · references, members, cells, positions)
     shape = (len(BUNDLES), len(pairs) // len(BUNDLES), *stacked.shape[1:])
-    np.savez_compressed(
+    save_small(
         arguments.output,
         distances=stacked.reshape(shape).transpose(0, 2, 1, 3, 4),
         bundles=np.array(BUNDLES),

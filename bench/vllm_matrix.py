@@ -23,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from small import save_small
 
 from fpforensics.common.config import ExecutionConfig, config_id, parse_config
 from fpforensics.common.engines.base import Engine, Host, ReplayMode
@@ -179,7 +180,7 @@ class Driver:
         """What is known up to now."""
         summary = {"configs": self.results, "classes": {mode: self.classes(mode) for mode in MODES}}
         (self.folder / "results.json").write_text(json.dumps(summary, indent=1))
-        np.savez_compressed(self.folder / "distances.npz", names=np.array(self.names), **self.matrices)  # type: ignore[arg-type]
+        save_small(self.folder / "distances.npz", names=np.array(self.names), **self.matrices)
 
 
 def show(driver: Driver) -> None:

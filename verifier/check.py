@@ -375,5 +375,7 @@ def run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
         )
     if "backend" in assertions:
         config = on_transformers(config)
+        if config.backend == "vllm":  # transformers has nothing like it: its own engine replays it, if it is here
+            return config
     wanted = msgspec.structs.replace(config, matmul=assertions.get("matmul", config.matmul))
     return config if _runnable(wanted) != wanted else wanted

@@ -85,6 +85,7 @@ def test_what_transformers_runs_in_place_of_vllm() -> None:
     assert anchor is not None and (anchor.quantization, anchor.dtype) == ("awq", "fp32")
     rounded = parse_config("backend=vllm,kv=fp8")  # its keys are rounded further than any replay of ours
     assert on_transformers(rounded) == rounded
+    assert run_as(rounded, "backend=transformers,matmul=fp32-rounded") == rounded
     by_rank = parse_config("backend=vllm,tp=2,quant=torchao-int8")
     assert on_transformers(by_rank) == by_rank and anchor_of(by_rank) is None
     assert weights_of(by_rank) != weights_of(parse_config("backend=vllm,quant=torchao-int8"))
