@@ -22,22 +22,33 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 FOLDER = Path(__file__).parents[1] / "tests" / "assets" / "hopper"
-KINDS = ("attention", "quantization", "tensor-parallel", "moe")
+KINDS = ("attention", "serving", "quantization", "formats", "tensor-parallel", "moe")
 SHORT = {
     "model=base,attn=vllm_flash_attn_3": "FA3",
     "model=base,attn=vllm_flash_attn_2": "FA2",
     "model=base,attn=vllm_triton": "Triton",
     "model=base,compile=true,graphs=true": "compile + graphs",
     "model=base,batch=2": "batch 2",
+    "model=base,batch=4": "batch 4",
+    "model=base,batch=8": "batch 8",
+    "model=base,kv=fp8": "KV fp8",
+    "model=base,dtype=fp16": "fp16",
+    "model=base,attn=vllm_flex": "flex",
+    "model=base,compile=true": "compile",
     "model=awq,quant=awq_marlin": "awq_marlin",
     "model=gptq,quant=gptq_marlin": "gptq_marlin",
     "model=base,quant=bnb-nf4": "bnb-nf4",
     "model=awq,dtype=fp16,quant=awq": "awq, fp16",
     "model=awq,dtype=fp16,quant=awq_marlin": "awq_marlin, fp16",
     "model=gptq,dtype=fp16,quant=gptq": "gptq, fp16",
+    "model=gptq,dtype=fp16,quant=gptq_marlin": "gptq_marlin, fp16",
+    "model=f8,quant=compressed-fp8": "compressed fp8",
+    "model=i8,quant=compressed-int8": "compressed int8",
+    "model=w4,quant=compressed-int4": "compressed int4",
     "model=base,attn=vllm_flash_attn_3,tp=2": "TP 2",
     "model=moe": "MoE, TP 1",
     "model=moe,tp=2": "MoE, TP 2",
+    "model=moe,tp=2,ep=2": "MoE, TP 2, EP 2",
 }
 SIGNALS = {
     "hidden states after block 1": "hidden_states-1",
@@ -208,13 +219,28 @@ COMPARED = (
     ),
     Compared("AWQ or GPTQ, both plain", NOT_THERE, "quantization", "awq, fp16", "gptq, fp16"),
     Compared("awq or awq_marlin", "1.0, 1.0", "quantization", "awq, fp16", "awq_marlin, fp16"),
-    Compared("gptq (fp16) or gptq_marlin (bf16)", NOT_THERE, "quantization", "gptq, fp16", "gptq_marlin"),
+    Compared("gptq or gptq_marlin", NOT_THERE, "formats", "gptq, fp16", "gptq_marlin, fp16"),
+    Compared(
+        "compressed int4 (Machete) or gptq_marlin, the same weights",
+        NOT_THERE,
+        "formats",
+        "compressed int4",
+        "gptq_marlin",
+    ),
+    Compared("compressed fp8 or none", NOT_THERE, "formats", "compressed fp8", "FA3"),
+    Compared("compressed int8 or none", NOT_THERE, "formats", "compressed int8", "FA3"),
+    Compared("KV cache in fp8 or bf16", NOT_THERE, "serving", "KV fp8", "FA3"),
+    Compared("fp16 or bf16", NOT_THERE, "serving", "fp16", "FA3"),
     Compared("bnb-nf4 or none", NOT_THERE, "quantization", "bnb-nf4", "FA3", ("bnb-nf4", "fa3")),
     Compared("FA2 or FA3", KERNELS, "attention", "FA2", "FA3"),
     Compared("FA2 or Triton", "as above", "attention", "FA2", "Triton"),
     Compared("FA3 or Triton", "as above", "attention", "FA3", "Triton"),
+    Compared("flex or FA3", "as above", "serving", "flex", "FA3"),
     Compared("TP 1 or 2", "TP 1, 2, 4: 0.90, not measured", "tensor-parallel", "FA3", "TP 2", ("fa3", "tp2")),
     Compared("batch 1 or 2", "0 to 1.32, not measured (last hidden state)", "attention", "FA3", "batch 2"),
+    Compared("batch 1 or 4", "as above", "serving", "FA3", "batch 4"),
+    Compared("batch 4 or 8", "as above", "serving", "batch 4", "batch 8"),
+    Compared("compile or neither", NOT_THERE, "serving", "FA3", "compile"),
     Compared("compile with CUDA graphs or neither", NOT_THERE, "attention", "FA3", "compile + graphs"),
 )
 """Published SNR of log-probabilities, prompt positions then generated ones. AWQ and GPTQ: Qwen3-8B, vLLM 0.11.2, float16, A100 against H100, 4 prompts.
