@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from fpforensics.common.engines.base import ConcurrentWork
+from fpforensics.common.errors import shorten
 from fpforensics.common.signals import Trace
 from fpforensics.verifier.analysis import Analysis
 from fpforensics.verifier.exact import first_difference
@@ -102,7 +103,7 @@ def render_forensics(found: Forensics) -> str:
     if found.numbers == "UNTOUCHED":
         numbers = "bit-identical"
     else:
-        numbers = f"first at {found.first_difference}" + (f", L2 up to {largest:.3g}" if largest is not None else "")
+        numbers = f"first: {found.first_difference}" + (f", L2 up to {largest:.3g}" if largest is not None else "")
     if found.slowdown is None:
         time = "no slowdown"
     elif found.interval is None:
@@ -127,7 +128,8 @@ def _numbers(setting: Setting, base: Job, job: Job, entry: Entry) -> tuple[Numbe
         open_bundle(setting.folder.bundle(job.id), keyring) as theirs,
     ):
         if not entry.identical:
-            return "CHANGED", theirs.evidence.rows[0].repetitions.first_divergence or _AMONG_THEMSELVES
+            where = theirs.evidence.rows[0].repetitions.first_divergence
+            return "CHANGED", f"{_AMONG_THEMSELVES}{f', {shorten(where, 160)}' if where else ''}"
         return judge_numbers(_traces(ours), _traces(theirs))
 
 
