@@ -58,6 +58,7 @@ class ExecutionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     ``weights_digest`` is ``sha256:<hex>`` over the tensors as stored on disk, and empty until an engine has loaded them.
     ``matmul="fp32-rounded"`` computes each weight product in float32 and rounds it to ``dtype``.
+    ``concurrent_work`` keeps other products running on the same device, or on half of the CPU's cores, while tokens are made.
     ``emulate_tensor_parallel=N`` runs on one device, but adds up row-parallel products from N partial ones, each rounded
     to ``dtype``, as N ranks would; ``tensor_parallel`` counts real devices.
 
@@ -133,8 +134,6 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "matmul": get_args(Matmul),
     "kv_cache": get_args(KVCache),
 }
-_NOT_YET: Mapping[str, frozenset[str]] = {"concurrent_work": frozenset({"true"})}
-"""Values that evidence may hold and that no engine of this release runs: never offered."""
 _REFUSED: Mapping[str, str] = {
     "speculative": "a draft model changes which tokens are batched at each step, and no replay repeats its guesses",
 }
@@ -234,8 +233,7 @@ def config_id(config: ExecutionConfig, base: ExecutionConfig | None = None) -> s
 def choices_of(key: str) -> tuple[str, ...]:
     """The values that a short key takes, where they are a closed list; else nothing."""
     field = KEYS[key]
-    values = ("true", "false") if field in _FLAGS else _CHOICES.get(field, ())
-    return tuple(value for value in values if value not in _NOT_YET.get(field, ()))
+    return ("true", "false") if field in _FLAGS else _CHOICES.get(field, ())
 
 
 def describe_keys() -> dict[str, str]:

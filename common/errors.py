@@ -86,6 +86,10 @@ class NondeterminismError(ReplayError):
     """Repetitions of one config on one machine were not bit-identical."""
 
 
+class OverlapError(ReplayError):
+    """The concurrent work ran beside too little of a generation or replay to say anything about it."""
+
+
 class UnavailableError(ReplayError):
     """The other side could not be reached, or refused."""
 

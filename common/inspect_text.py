@@ -9,6 +9,7 @@ from fpforensics.common.config import claim_of
 from fpforensics.common.words import counted
 
 if TYPE_CHECKING:
+    from fpforensics.common.engines.base import ConcurrentWork
     from fpforensics.common.inspect import BundleSummary, RowSummary, SignalSummary
 
 _LABEL = 13
@@ -91,8 +92,17 @@ def _row(row: RowSummary) -> Iterator[str]:
     seconds = ", ".join(f"{wall:.2f}" for wall in repetitions.wall_seconds[:8])
     spread = f"mean {repetitions.wall_mean:.2f} s, variance {repetitions.wall_variance:.3g} s²"
     yield _field("wall time", f"{seconds} s ({spread})")
+    if facts.concurrent_work:
+        yield _field("beside it", _concurrent(facts.concurrent_work))
     for signal in row.signals:
         yield _field(signal.phase, _signal(signal))
+
+
+def _concurrent(entries: Sequence[ConcurrentWork]) -> str:
+    first = entries[0]
+    overlaps = ", ".join(f"{each.overlap:.0%}" for each in entries[:8])
+    where = "on a second stream" if first.kind == "cuda-stream" else f"in {counted(first.workers, 'thread')}"
+    return f"products of {first.size}² in {first.dtype}, {where}; overlap {overlaps}"
 
 
 def _signal(signal: SignalSummary) -> str:

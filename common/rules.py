@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from math import prod
 
-from fpforensics.common.engines.base import ModelFacts
+from fpforensics.common.engines.base import ConcurrentWork, ModelFacts
+from fpforensics.common.engines.overlap import MIN_OVERLAP
 from fpforensics.common.errors import EvidenceError, did_you_mean, shorten
 from fpforensics.common.evidence import Evidence, EvidenceStatement, Row, Tensor, TraceEntry
 from fpforensics.common.frame import MAX_BLOB_BYTES
@@ -27,6 +28,7 @@ _MAX_ID = 64
 _MAX_CONFIG_ID = 256
 _MAX_DEGREE = 4096  # as in config specs
 _MAX_RANK = 4
+_MAX_SIDE = 1 << 20  # of a square matrix
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"(?:[0-9a-f]{2}){0,64}")
 
@@ -121,6 +123,31 @@ def _check_row(row: Row, limits: Limits) -> None:
         )
     for seconds in (*repetitions.wall_seconds, repetitions.wall_mean, repetitions.wall_variance):
         _bounded(seconds, 0, 1e12, f"{where}, wall time")
+    _check_concurrent_work(row, where)
+
+
+def _check_concurrent_work(row: Row, where: str) -> None:
+    """One entry for each repetition of a config that has it, each of enough overlap to be a result; none for another."""
+    entries, expected = row.facts.concurrent_work, row.repetitions.count if row.config.concurrent_work else 0
+    if len(entries) != expected:
+        raise EvidenceError(
+            f"{where}: concurrent={str(row.config.concurrent_work).lower()}, {counted(row.repetitions.count, 'repetition')} "
+            f"and {counted(len(entries), 'measurement')} of concurrent work",
+            "one for each repetition where it is true, else none",
+        )
+    for number, entry in enumerate(entries, start=1):
+        _check_work(entry, f"{where}, repetition {number}, concurrent work")
+
+
+def _check_work(entry: ConcurrentWork, here: str) -> None:
+    _bounded(entry.size, 1, _MAX_SIDE, f"{here}, size")
+    _bounded(entry.workers, 1, _MAX_DEGREE, f"{here}, workers")
+    _bounded(entry.products, 1, 1 << 40, f"{here}, products")
+    _bounded(entry.seconds, 0, 1e12, f"{here}, seconds")
+    _bounded(entry.outside_seconds, 0, 1e12, f"{here}, outside_seconds")
+    _bounded(entry.overlap, MIN_OVERLAP, 1, f"{here}, overlap")
+    _bounded(entry.busy, 0, entry.overlap, f"{here}, busy")
+    _name(entry.dtype, f"{here}, dtype", _MAX_ID)
 
 
 def _check_trace(evidence: Evidence, row: Row, trace: TraceEntry, prompt: int, limits: Limits) -> None:

@@ -23,7 +23,7 @@ from fpforensics.common.engines.base import Engine, EngineStarter, Host
 from fpforensics.common.engines.preflight import check_checkpoint, require_runnable
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.environment import describe_environment
-from fpforensics.common.errors import CancelledError, NondeterminismError, UsageError, shorten
+from fpforensics.common.errors import CancelledError, NondeterminismError, OverlapError, UsageError, shorten
 from fpforensics.common.evidence import Evidence, Repetitions, Row
 from fpforensics.common.keys import PrivateKey
 from fpforensics.common.models import context_length, load_tokenizer, num_layers, resolve_model, vocab_size
@@ -244,6 +244,17 @@ def _teller(progress: ProgressCallback | None, before: int, total: int, cancelle
     return tell
 
 
+def _outside_seconds(engine: Engine, repetition: int) -> float:
+    """What starting and ending the concurrent work took: the repetitions without any have no such part."""
+    entries = engine.facts().concurrent_work
+    if len(entries) != repetition + 1:
+        raise OverlapError(
+            f"concurrent=true: the engine measured {len(entries)} of {counted(repetition + 1, 'repetition')}",
+            "what ran beside them is not known: run it with an engine that measures it",
+        )
+    return entries[-1].outside_seconds
+
+
 def _repeat(
     engine: Engine, references: Sequence[Reference], plan: SessionPlan, name: str, tell: Tell
 ) -> tuple[Repetitions, list[Trace]]:
@@ -264,7 +275,10 @@ def _repeat(
             plan.capture,
             lambda done, _, base=base, stage=stage: tell(stage, base + done),  # type: ignore[misc]
         )
-        wall.append(time.perf_counter() - started)
+        took = time.perf_counter() - started
+        if engine.config.concurrent_work:
+            took -= _outside_seconds(engine, repetition)
+        wall.append(took)
         if first is None:
             first = traces
             continue

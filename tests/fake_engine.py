@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import ml_dtypes
 import msgspec
 import numpy as np
+from safetensors.numpy import save_file
+from tiny_models import write_tokenizer
 
 from fpforensics.common.config import ExecutionConfig, config_id
-from fpforensics.common.engines.base import EngineFacts, Host, ModelFacts, Progress, ReplayMode
+from fpforensics.common.engines.base import ConcurrentWork, EngineFacts, Host, ModelFacts, Progress, ReplayMode
 from fpforensics.common.models import resolve_model, weights_digest
 from fpforensics.common.signals import (
     Array,
@@ -27,15 +31,45 @@ from fpforensics.common.signals import (
 
 VOCABULARY, LAYERS, HIDDEN, KEYS = 512, 4, 64, 32
 NOISE = 1e-2
+WORK = ConcurrentWork(
+    kind="threads",
+    size=8,
+    dtype="fp32",
+    workers=1,
+    products=3,
+    seconds=0.5,
+    overlap=0.75,
+    busy=0.75,
+    outside_seconds=0.0,
+)
+
+
+def fake_checkpoint(folder: Path) -> Path:
+    """What of a checkpoint is read without torch: a tokenizer, sizes, and a file of weights that nobody loads."""
+    write_tokenizer(folder)
+    sizes = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": LAYERS,
+        "max_position_embeddings": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps(sizes))
+    save_file({"weight": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
+    return folder
 
 
 class FakeEngine:
-    """Behaves like an engine of a model of four blocks; ``drift`` makes each generation differ from the one before."""
+    """Behaves like an engine of a model of four blocks; ``drift`` makes each generation differ from the one before.
 
-    def __init__(self, config: ExecutionConfig, host: Host, drift: int = 0) -> None:
+    Concurrent work is said to have run, and changes numbers only of an engine that is ``disturbed`` by it.
+    """
+
+    def __init__(self, config: ExecutionConfig, host: Host, drift: int = 0, disturbed: bool = False) -> None:
         path = resolve_model(config.model, models=host.models).path
         self.config = msgspec.structs.replace(config, weights_digest=weights_digest(path))
-        self._label = config_id(msgspec.structs.replace(config, batch_size=1))
+        beside = config.concurrent_work and disturbed
+        self._label = config_id(msgspec.structs.replace(config, batch_size=1, concurrent_work=beside))
+        self._work: list[ConcurrentWork] = []
         self._drift, self._generations = drift, 0
 
     def generate(
@@ -46,6 +80,7 @@ class FakeEngine:
         progress: Progress | None = None,
     ) -> list[Trace]:
         self._generations += 1
+        self._work += [WORK] * self.config.concurrent_work
         traces = []
         for done, reference in enumerate(references, start=1):
             tokens = reference.prompt_ids.tolist()
@@ -102,6 +137,7 @@ class FakeEngine:
                 hidden_size=HIDDEN,
                 key_width=KEYS,
             ),
+            concurrent_work=list(self._work),
         )
 
     def close(self) -> None:
@@ -140,6 +176,12 @@ class FakeEngine:
         common = _normal(f"{list(tokens)}{kind}", width)
         drift = self._drift + self._generations if self._drift else 0
         return common + NOISE * _normal(f"{list(tokens)}{kind}{self._label}{drift}", width)
+
+
+@contextmanager
+def disturbed_engine(config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[FakeEngine]:
+    """The same, whose numbers concurrent work changes."""
+    yield FakeEngine(config, host, disturbed=True)
 
 
 @contextmanager

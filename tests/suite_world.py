@@ -58,11 +58,15 @@ values = ["ep=2"]
 name = "concurrent_streams"
 variable = "concurrent"
 values = ["concurrent=true"]
-skip = "not part of this release"
+
+[[experiment]]
+name = "cuda_version"
+variable = "cuda_version"
+skip = "no other interpreter here"
 """
 TEXT = " ".join(f"The {number}th sentence says something else." for number in range(40))
-FINISHED = ("local.baseline", "local.attn=eager", "local.emulate_tp=2")
-TIMES = ("timestamp", "date_created", "seconds", "mean", "variance", "slowdown", "interval")
+FINISHED = ("local.baseline", "local.attn=eager", "local.emulate_tp=2", "local.concurrent=true")
+TIMES = ("timestamp", "date_created", "seconds", "mean", "variance", "slowdown", "interval", "time")
 
 
 def no_wait(_seconds: float) -> None:

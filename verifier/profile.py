@@ -122,6 +122,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ):
             if value not in measured:
                 yield f"{name}={value}"
+        if config.concurrent_work:
+            yield "concurrent=true"
         if scope.matmul not in self.matmuls and scope.matmul != config.matmul:
             yield f"replays by matmul={scope.matmul}"
 

@@ -44,13 +44,34 @@ class ModelFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     key_width: int
 
 
-class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ConcurrentWork(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What ran beside one generation or replay under ``concurrent=true``, and for how much of it.
+
+    Each of ``workers`` multiplied ``size`` × ``size`` matrices of ``dtype``: on a stream of its own (``cuda-stream``) or in a
+    thread (``threads``). ``seconds`` is the measured time of the generation; ``overlap`` the share of it in which some
+    product was in flight, ``busy`` the same of one worker, on average; ``products`` were in flight in it. Starting and ending
+    the work took ``outside_seconds``, which are part of no wall time.
+    """
+
+    kind: Literal["cuda-stream", "threads"]
+    size: int
+    dtype: str
+    workers: int
+    products: int
+    seconds: float
+    overlap: float
+    busy: float
+    outside_seconds: float
+
+
+class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What really ran, as the engine saw it; a config says what was asked for.
 
     ``attention_kernels`` and ``quantization_kernel`` name operators that were observed; ``batch_sizes`` are
     the batch sizes seen over the steps; ``versions`` maps library names to versions; ``gpu`` is empty on a
     CPU; ``numerics`` holds what else decides rounding (threads, instruction set, oneDNN cap, matmul path,
-    TF32 flags).
+    TF32 flags). ``concurrent_work`` has an entry for each generation and replay; facts without any are written as they were
+    before it was known.
     """
 
     device: str
@@ -61,6 +82,7 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     versions: dict[str, str]
     numerics: dict[str, str]
     model: ModelFacts
+    concurrent_work: list[ConcurrentWork] = []
 
 
 class Engine(Protocol):

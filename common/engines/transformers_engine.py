@@ -17,6 +17,7 @@ bit for bit.
 - ``compile`` compiles decoder blocks one by one, hooks outside: a block's output is then always rounded to
   the compute dtype, captured or not, so capture changes neither fusion nor rounding. The KV cache's update is
   not compiled.
+- ``concurrent_work`` runs beside generations and replays alike, in this process (:mod:`concurrent_work`).
 - ``torchao-int4`` is weight-only int4, asymmetric, in groups of the largest of 128, 64, 32, 16 that divides
   all widths.
 """
@@ -25,12 +26,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines.base import EngineFacts, Host, ModelFacts, Progress, ReplayMode
+from fpforensics.common.engines.concurrent_work import Accompaniment, load_on
 from fpforensics.common.engines.transformers_batch import check_forcing, check_plan, check_reference
 from fpforensics.common.engines.transformers_load import (
     check_config,
@@ -85,6 +88,7 @@ class TransformersEngine:
 
                 round_products(model, compute_dtype(config))
             self._runner: Runner | None = Runner(model, self.config, self._device)
+        self._beside = Accompaniment(load_on(str(self._device))) if config.concurrent_work else None
 
     def generate(
         self,
@@ -100,10 +104,11 @@ class TransformersEngine:
         for reference in references:
             check_reference(reference, runner.vocab_size)
         traces: list[Trace] = []
-        for reference in references:
-            traces.append(runner.generate(reference, sampling, capture))
-            if progress is not None:
-                progress(len(traces), len(references))
+        with self._accompanied():
+            for reference in references:
+                traces.append(runner.generate(reference, sampling, capture))
+                if progress is not None:
+                    progress(len(traces), len(references))
         return traces
 
     def teacher_force(
@@ -122,10 +127,11 @@ class TransformersEngine:
             check_forcing(forcing, runner.vocab_size)
         force = runner.force_stepwise if mode == "decode" else runner.force_at_once
         traces: list[Trace] = []
-        for forcing in forcings:
-            traces.append(force(forcing, capture))
-            if progress is not None:
-                progress(len(traces), len(forcings))
+        with self._accompanied():
+            for forcing in forcings:
+                traces.append(force(forcing, capture))
+                if progress is not None:
+                    progress(len(traces), len(forcings))
         return traces
 
     def facts(self) -> EngineFacts:
@@ -142,18 +148,22 @@ class TransformersEngine:
             versions=installed_versions(),
             numerics={**self._numerics, "matmul_operators": ", ".join(runner.watch.products())},
             model=self._model_facts,
+            concurrent_work=list(self._beside.done) if self._beside else [],
         )
 
     def close(self) -> None:
         """Free the model. Device memory held by this process's allocator is given back too."""
         if self._runner is None:
             return
-        self._runner = None
+        self._runner = self._beside = None
         gc.collect()
         import torch
 
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _accompanied(self) -> AbstractContextManager[None]:
+        return self._beside.running() if self._beside else nullcontext()
 
     def _running(self) -> Runner:
         if self._runner is None:

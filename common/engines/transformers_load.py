@@ -48,8 +48,6 @@ def check_config(config: ExecutionConfig) -> None:
 def check_combination(config: ExecutionConfig) -> None:
     """Raise :class:`UsageError` for what this engine does nowhere."""
     _check_parallelism(config)
-    if config.concurrent_work:
-        raise UsageError("concurrent=true: backend transformers runs one request at a time", "use concurrent=false")
     if is_vllm_attention(config.attention):
         raise UsageError(f"attn={config.attention} needs backend=vllm", "use attn=sdpa, or backend=vllm")
     if config.quantization in _VLLM_ONLY:

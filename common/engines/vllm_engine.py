@@ -8,6 +8,7 @@
 - ``teacher_force(mode="prefill")`` is one forward over prompt and output, cut into chunks only if the config says so.
 - Hidden states are the residual stream after a block; keys are those that the attention is given, after RoPE, of all ranks in the
   order of their heads. A quantized KV cache holds them rounded further.
+- ``concurrent_work`` runs on every rank, beside generations and replays alike; facts tell of the rank where it overlapped least.
 - Prefix caching is off: a cached prefix is not computed again. A request that vLLM interrupted is an error, not evidence.
 """
 
@@ -24,7 +25,8 @@ import numpy as np
 
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines import vllm_compat as compat
-from fpforensics.common.engines.base import EngineFacts, Host, Progress, ReplayMode
+from fpforensics.common.engines.base import ConcurrentWork, EngineFacts, Host, Progress, ReplayMode
+from fpforensics.common.engines.concurrent_work import Accompaniment
 from fpforensics.common.engines.rows import planned_blocks
 from fpforensics.common.engines.transformers_batch import (
     check_forcing,
@@ -54,6 +56,35 @@ class _Run:
     widths: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class _RanksLoad:
+    """Concurrent work on every rank, driven by vLLM's own calls."""
+
+    call: Callable[[str], list[Any]]
+
+    def begin(self) -> None:
+        """As :meth:`Load.begin`."""
+        try:
+            self.call("evidence_load_begin")
+        except BaseException:
+            self.abandon()
+            raise
+
+    def end(self) -> ConcurrentWork:
+        """As :meth:`Load.end`: what the rank says whose overlap was the least."""
+        try:
+            ranks = [unpack(data, ConcurrentWork) for data in self.call("evidence_load_end")]
+        except BaseException:
+            self.abandon()
+            raise
+        return min(ranks, key=lambda each: each.overlap)
+
+    def abandon(self) -> None:
+        """As :meth:`Load.abandon`."""
+        with contextlib.suppress(Exception):
+            self.call("evidence_load_abandon")
+
+
 class VllmEngine:
     """One execution config, loaded in this process. ``config`` has its weights digest filled in.
 
@@ -80,6 +111,7 @@ class VllmEngine:
         self._device = prepare_imports(config, host.device)
         self.config = msgspec.structs.replace(config, weights_digest=digest)
         self._schedule = Schedule()
+        self._beside: Accompaniment | None = None
         with explained(config, self._device):
             self._core: Any = start(config, checkpoint.path, self._device)
             VllmEngine._open = True
@@ -92,6 +124,8 @@ class VllmEngine:
         self.vocab_size = self._ranks[0].vocab_size
         self._max_length = int(self._core.vllm_config.model_config.max_model_len)
         self._budget = int(self._core.vllm_config.scheduler_config.max_num_batched_tokens)
+        if config.concurrent_work:
+            self._beside = Accompaniment(_RanksLoad(self._core.collective_rpc))
 
     def generate(
         self,
@@ -135,11 +169,12 @@ class VllmEngine:
     def facts(self) -> EngineFacts:
         """What really ran, up to now: attention kernels and batch sizes are empty before the first forward."""
         self._running()
-        return engine_facts(self.config, self._device, self._ranks, self._schedule)
+        facts = engine_facts(self.config, self._device, self._ranks, self._schedule)
+        return msgspec.structs.replace(facts, concurrent_work=list(self._beside.done)) if self._beside else facts
 
     def close(self) -> None:
         """End vLLM: its ranks' processes, and this process's device memory."""
-        core, self._core = self._core, None
+        core, self._core, self._beside = self._core, None, None
         if core is None:
             return
         with contextlib.suppress(Exception):
@@ -159,10 +194,24 @@ class VllmEngine:
         steps: bool,
         capture: bool = True,
     ) -> list[Trace]:
-        """Together with ``batch=auto``, else one after the other, each with its neighbours. ``steps``: their batches count."""
+        """Run them, with the concurrent work beside them if the config has it. ``steps``: their batches count."""
         self._running()
         for run in runs:
             self._require_room(run)
+        with explained(self.config, self._device), self._beside.running() if self._beside else contextlib.nullcontext():
+            return self._run_through(runs, plan, sampling, progress, steps=steps, capture=capture)
+
+    def _run_through(
+        self,
+        runs: Sequence[_Run],
+        plan: CapturePlan,
+        sampling: Sampling,
+        progress: Progress | None,
+        *,
+        steps: bool,
+        capture: bool,
+    ) -> list[Trace]:
+        """Together with ``batch=auto``, else one after the other, each with its neighbours."""
         blocks = planned_blocks(plan.layers, self._ranks[0].num_layers)
         together = self.config.batch_size == 0
         groups = [list(runs)] if together and runs else [[run] for run in runs]

@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from fpforensics.common.engines import wire
+from fpforensics.common.engines.base import ConcurrentWork
 from fpforensics.common.signals import Array, Phase, Sampling
 
 T = TypeVar("T")
@@ -91,7 +92,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     numerics: dict[str, str] = {}
 
 
-def pack(message: Job | Report | WorkerFacts) -> bytes:
+def pack(message: Job | Report | WorkerFacts | ConcurrentWork) -> bytes:
     """The message as bytes: raw tensors arrive as lists over the workers' own calls."""
     return _encoder.encode(message)
 

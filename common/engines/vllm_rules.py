@@ -63,10 +63,6 @@ def check_combination(config: ExecutionConfig) -> None:
         raise UsageError(
             f"emulate_tp={ranks} needs backend=transformers", f"use tp={ranks}, which runs {ranks} real ranks"
         )
-    if config.concurrent_work:
-        raise UsageError(
-            "concurrent=true: which other requests run is not repeatable", "use batch=auto, which records each step's"
-        )
     if quantization in _ELSEWHERE:
         raise UsageError(f"vLLM does not load quant={quantization}", "use backend=transformers, or quant=bnb-nf4")
     if quantization in _HALF_ONLY and config.dtype == "fp32":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fpforensics.common.engines import vllm_compat as compat
+from fpforensics.common.engines.concurrent_work import ThreadedLoad, load_on
 from fpforensics.common.engines.transformers_capture import decoder_blocks
 from fpforensics.common.engines.vllm_capture import Recorder
 from fpforensics.common.engines.vllm_facts import worker_facts
@@ -31,6 +32,7 @@ class EvidenceWorker(compat.platform_worker()):  # type: ignore[misc]
         if (capacity := compat.graph_tokens(self.vllm_config)) is not None:
             self._taps.build_in(capacity, compat.width(runner), runner.dtype, runner.device)
         self._recorder: Recorder | None = None
+        self._load: ThreadedLoad | None = None
         forward, sample = runner._model_forward, runner._sample
 
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
@@ -68,6 +70,21 @@ class EvidenceWorker(compat.platform_worker()):  # type: ignore[misc]
         """Forget the job, if there is one."""
         self._recorder = None
         self._taps.remove()
+
+    def evidence_load_begin(self) -> None:
+        """Run this rank's concurrent work from now on."""
+        self._load = self._load or load_on(str(self.model_runner.device))
+        self._load.begin()
+
+    def evidence_load_end(self) -> bytes:
+        """What it did since (:class:`ConcurrentWork`)."""
+        assert self._load is not None
+        return pack(self._load.end())
+
+    def evidence_load_abandon(self) -> None:
+        """End it, if it runs."""
+        if self._load is not None:
+            self._load.abandon()
 
     def evidence_facts(self) -> bytes:
         """What this rank resolved (:class:`WorkerFacts`); asked when every rank has started."""

@@ -37,6 +37,10 @@ name = "attention"
 variable = "attn"
 values = ["attn=eager"]
 [[experiment]]
+name = "concurrent_streams"
+variable = "concurrent"
+values = ["concurrent=true"]
+[[experiment]]
 name = "expert_parallel"
 variable = "ep"
 values = ["ep=2"]
@@ -80,7 +84,7 @@ def test_suite(tmp_path: Path) -> None:
     table = json.loads(analyzed("--summary", out / "attention_experiment.json"))
     assert [row | {"file": ""} for row in table] == [row | {"file": ""} for row in summary]
     # On the prover's own machine a replay of the same config has the same bits, one of another has not.
-    (attention, _) = json.loads((out / "experiments.json").read_text())
+    (attention, concurrent, _) = json.loads((out / "experiments.json").read_text())
     (keys,) = [
         each
         for each in attention["matrices"]["here"]
@@ -88,6 +92,13 @@ def test_suite(tmp_path: Path) -> None:
     ]
     assert [keys["aggregate"][0][0], keys["aggregate"][1][1]] == [0.0, 0.0]
     assert keys["aggregate"][0][1] > 0
+    # Other products beside it took time and changed no bit, which a replay beside others has again.
+    (found,) = concurrent["forensics"]
+    assert (found["numbers"], set(found["distances"].values())) == ("UNTOUCHED", {0.0})
+    assert [each["overlap"] >= 0.3 for each in found["work"]] == [True, True]
+    assert found["time"] in ("SLOWER", "NOT_SLOWER", "UNRESOLVED")
+    assert "here_concurrent=true: numbers UNTOUCHED (bit-identical); time" in said
+    assert {value for each in concurrent["matrices"]["here"] for row in each["aggregate"] for value in row} == {0.0}
     before = (out / "journal.jsonl").read_bytes()
     assert CliRunner().invoke(suite, ["resume", str(out), "-q"]).exit_code == 0
     assert (out / "journal.jsonl").read_bytes() == before

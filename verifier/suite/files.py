@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -23,28 +22,15 @@ from fpforensics.verifier.export import configuration_of, metadata_of, run_of
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
 from fpforensics.verifier.matrix import MatrixReport
 from fpforensics.verifier.suite.folder import publish
+from fpforensics.verifier.suite.forensics import Forensics, examine
 from fpforensics.verifier.suite.journal import Entry
 from fpforensics.verifier.suite.model import Experiment, ProverSpec, Variant
 from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs
 from fpforensics.verifier.suite.replays import claimed_verified, plan_replays
 from fpforensics.verifier.suite.sessions import Report, Setting
+from fpforensics.verifier.suite.timing import Timing, is_finished, timings
 
 REFERENCE_FILE = "reference_baseline.json"
-
-
-class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a config's repetitions took. ``slowdown`` is the mean over the baseline's, with a 95 % interval.
-
-    The interval is Fieller's for a ratio of means of unequal variance, with Welch's degrees of freedom; None where there are
-    too few repetitions, or where it is unbounded.
-    """
-
-    config: str
-    seconds: tuple[float, ...]
-    mean: float
-    variance: float
-    slowdown: float | None = None
-    interval: tuple[float, float] | None = None
 
 
 class ConfigStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +43,8 @@ class ConfigStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExperimentReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One experiment: what ran, how long, what was measured. ``matrices`` are claimed × verified, by prover."""
+    """One experiment: what ran, how long, what was measured. ``matrices`` are claimed × verified, by prover; ``forensics``
+    are about configs that differ from the baseline in their concurrent work alone."""
 
     name: str
     variable: str
@@ -65,6 +52,7 @@ class ExperimentReport(msgspec.Struct, frozen=True, kw_only=True):
     skipped: str
     configs: tuple[ConfigStatus, ...]
     timing: tuple[Timing, ...] = ()
+    forensics: tuple[Forensics, ...] = ()
     environment: tuple[FieldComparison, ...] = ()
     matrices: dict[str, tuple[MatrixReport, ...]] = {}
     replays_skipped: dict[str, str] = {}
@@ -123,10 +111,12 @@ def _one(
         return msgspec.structs.replace(report, error=error.diagnostics())
     found = {each.name: claimed_verified(setting, experiment, each.name) for each in setting.suite.provers}
     wanted = {each.arithmetic for each in (experiment.baseline, *experiment.variants)}
+    timing = tuple(timings(setting, experiment, jobs, ended))
     return msgspec.structs.replace(
         report,
         environment=environment,
-        timing=tuple(_timings(setting, experiment, jobs, ended)),
+        timing=timing,
+        forensics=tuple(examine(setting, experiment, jobs, ended, timing, analysis)),
         matrices={name: matrices for name, matrices in found.items() if matrices},
         replays_skipped={
             each.name: ended[f"replay:{each.name}"].reason
@@ -145,7 +135,9 @@ def _experiment_file(
     """Write one experiment's uniform JSON; the ids of its configs, the baselines first. None without a finished baseline."""
     members: list[tuple[ProverSpec, Variant, Job]] = []
     for prover in setting.suite.provers:
-        own = [(prover, variant, job) for variant, job in jobs_of(experiment, jobs, prover.name) if _done(job, ended)]
+        own = [
+            (prover, variant, job) for variant, job in jobs_of(experiment, jobs, prover.name) if is_finished(job, ended)
+        ]
         if own and own[0][1].identity == experiment.baseline.identity:
             members += own
     if not members:
@@ -209,10 +201,6 @@ def _runs(
             index += 1
 
 
-def _done(job: Job, ended: dict[str, Entry]) -> bool:
-    return job.id in ended and ended[job.id].event == "finished"
-
-
 def _states(
     setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: dict[str, Entry]
 ) -> Iterator[ConfigStatus]:
@@ -223,54 +211,6 @@ def _states(
             yield ConfigStatus(
                 prover=prover.name, config=variant.name, state=state, reason=entry.reason if entry else ""
             )
-
-
-def _timings(
-    setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: dict[str, Entry]
-) -> Iterator[Timing]:
-    for prover in setting.suite.provers:
-        base: tuple[float, ...] = ()
-        for variant, job in jobs_of(experiment, jobs, prover.name):
-            if not _done(job, ended):
-                continue
-            seconds = ended[job.id].wall_seconds
-            base = base or seconds
-            own = seconds is base
-            yield Timing(
-                config=f"{prover.name}_{variant.name}",
-                seconds=seconds,
-                mean=statistics.fmean(seconds),
-                variance=statistics.variance(seconds) if len(seconds) > 1 else 0.0,
-                slowdown=None if own else statistics.fmean(seconds) / statistics.fmean(base),
-                interval=None if own else slowdown_interval(seconds, base),
-            )
-
-
-def slowdown_interval(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:
-    """A 95 % confidence interval of the ratio of two means (Fieller 1954); None where there is none that is bounded."""
-    if min(len(seconds), len(base)) < 2:
-        return None
-    a, b = statistics.fmean(seconds), statistics.fmean(base)
-    va, vb = statistics.variance(seconds) / len(seconds), statistics.variance(base) / len(base)
-    if va + vb == 0:
-        return a / b, a / b
-    freedom = (va + vb) ** 2 / (va**2 / (len(seconds) - 1) + vb**2 / (len(base) - 1))
-    t = _t_quantile(freedom)
-    g = t * t * vb / (b * b)
-    if g >= 1:
-        return None
-    centre = a / b / (1 - g)
-    half = t / (b * (1 - g)) * math.sqrt((1 - g) * va + (a / b) ** 2 * vb)
-    return centre - half, centre + half
-
-
-_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def _t_quantile(freedom: float) -> float:
-    """Student's t at 0.975, for the whole degrees of freedom below: never too narrow."""
-    whole = max(1, int(freedom))
-    return _T975[whole - 1] if whole <= len(_T975) else _T975[-1]
 
 
 def _json(path: Path, value: object) -> None:

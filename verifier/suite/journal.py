@@ -14,6 +14,7 @@ from typing import Literal, Self
 
 import msgspec
 
+from fpforensics.common.engines.base import ConcurrentWork
 from fpforensics.common.errors import EvidenceError, LimitError, UsageError, shorten
 
 Event = Literal["started", "finished", "skipped", "blocked", "failed", "stopped"]
@@ -23,7 +24,8 @@ ENDED: tuple[Event, ...] = (*DONE, "blocked", "failed")
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line. ``job`` is a job's, a session's or a replay's id; ``at`` is seconds since 1970; ``identical`` is about repetitions."""
+    """One line. ``job`` is a job's, a session's or a replay's id; ``at`` is seconds since 1970; ``identical`` is about
+    repetitions, as are ``wall_seconds`` and ``concurrent_work``."""
 
     event: Event
     job: str
@@ -33,6 +35,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seconds: float = 0.0
     wall_seconds: tuple[float, ...] = ()
     identical: bool = True
+    concurrent_work: tuple[ConcurrentWork, ...] = ()
     reason: str = ""
 
 

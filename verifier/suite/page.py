@@ -12,6 +12,7 @@ from fpforensics.verifier.matrix import MatrixReport, PairSnr, Table
 from fpforensics.verifier.report import SIGNAL_TITLES, headline, layers
 from fpforensics.verifier.report.pages import Heat, heat_rows, render_page
 from fpforensics.verifier.suite.files import ExperimentReport, Written
+from fpforensics.verifier.suite.forensics import TOLERANCE
 from fpforensics.verifier.suite.model import Suite
 
 MARKS = {"finished": "✓", "skipped": "–", "blocked": "–", "failed": "✗", "stopped": "✗", "open": "…"}
@@ -35,6 +36,7 @@ def render(suite: Suite, written: Written, files: Sequence[str]) -> str:
         files=files,
         phases=PHASES,
         marks=MARKS,
+        tolerance=TOLERANCE,
         own_maps=lambda name, phase: list(_own_maps(written.analyses.get(name, {}), phase)),
         matrix_maps=lambda matrices, phase: [
             Map(SIGNAL_TITLES[each.signal], each.columns, _heat(each.rows, each.columns, each.aggregate))

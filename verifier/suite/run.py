@@ -116,6 +116,7 @@ def _run_job(setting: Setting, journal: Journal, job: Job, tell: Report, keyring
                 seconds=clock.now() - started,
                 wall_seconds=tuple(seconds for each in sessions for seconds in each.wall_seconds),
                 identical=identical,
+                concurrent_work=tuple(work for each in sessions for work in each.concurrent_work),
             )
         )
         _tidy(setting, job)

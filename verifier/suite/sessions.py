@@ -12,7 +12,7 @@ import msgspec
 from fpforensics.common.access import Access
 from fpforensics.common.cache import write_atomically
 from fpforensics.common.config import DEFAULT_MODEL
-from fpforensics.common.engines.base import EngineStarter, Host
+from fpforensics.common.engines.base import ConcurrentWork, EngineStarter, Host
 from fpforensics.common.engines.preflight import require_host
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.errors import EvidenceError, MissingDependencyError
@@ -50,11 +50,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Held:
-    """A session's bundle, checked: its name, how long each repetition took, and whether they were bit-identical."""
+    """A session's bundle, checked: its name, how long each repetition took, whether they were bit-identical, and what ran
+    beside them."""
 
     digest: str
     wall_seconds: tuple[float, ...]
     identical: bool
+    concurrent_work: tuple[ConcurrentWork, ...] = ()
 
 
 def new_nonce() -> str:
@@ -99,8 +101,9 @@ def check(setting: Setting, job: Job, path: Path, plan: SessionPlan, keyring: Ke
         require_as_asked(bundle, plan)
         _require_prompts(setting, bundle, plan)
         _require_same_prompts(setting, bundle, plan)
-        repetitions = bundle.evidence.rows[0].repetitions
-        return Held(bundle.digest, repetitions.wall_seconds, repetitions.bit_identical)
+        row = bundle.evidence.rows[0]
+        repetitions, work = row.repetitions, tuple(row.facts.concurrent_work)
+        return Held(bundle.digest, repetitions.wall_seconds, repetitions.bit_identical, work)
 
 
 def _run_here(setting: Setting, job: Job, plan: SessionPlan, incoming: Path, report: Report) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 from fpforensics.common.errors import CancelledError, Error
 from fpforensics.verifier.suite.files import Written, write_files
 from fpforensics.verifier.suite.folder import is_full, publish
+from fpforensics.verifier.suite.forensics import render_forensics
 from fpforensics.verifier.suite.journal import ENDED, Journal
 from fpforensics.verifier.suite.replays import run_replays
 from fpforensics.verifier.suite.run import Clock, StoppedError, run_sessions
@@ -74,5 +75,6 @@ def render_states(written: Written) -> str:
             for config in each.configs
             if config.state != "finished"
         ]
+        lines += [f"{'':<22} {render_forensics(found)}" for found in each.forensics]
         lines += [f"{'':<22} not replayed: {name}: {reason}" for name, reason in each.replays_skipped.items()]
     return "\n".join(lines) + "\n"

@@ -40,7 +40,7 @@ def test_what_is_listed_is_what_is_parsed() -> None:
             parse_config(f"{key}={value}")
         if choices_of(key):
             assert describe_keys()[key] == ", ".join(choices_of(key))
-    assert choices_of("concurrent") == ("false",)  # true is known, and not offered
+    assert choices_of("concurrent") == ("true", "false")
 
 
 def test_a_value_that_does_not_exist_is_answered_with_the_nearest() -> None:

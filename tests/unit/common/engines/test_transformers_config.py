@@ -36,7 +36,6 @@ def run(path: Path, spec: str) -> EngineFacts:
         ("tp=2", UsageError, "tp=2 needs backend=vllm"),
         ("tp=2", UsageError, "or emulate_tp=2"),
         ("ep=4", UsageError, "ep=4 needs backend=vllm"),
-        ("concurrent=true", UsageError, "concurrent=true: backend transformers runs one request at a time"),
         ("attn=vllm_triton", UsageError, "attn=vllm_triton needs backend=vllm"),
         ("quant=awq_marlin", UsageError, "quant=awq_marlin needs backend=vllm"),
         ("kv=fp8", UsageError, "kv=fp8 needs backend=vllm"),

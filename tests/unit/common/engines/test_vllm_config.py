@@ -54,7 +54,6 @@ def test_configs_of_before_are_the_same_configs() -> None:
         ("dtype=fp64", "does not compute in fp64 (use dtype=fp32"),
         ("matmul=fp32-rounded", "matmul=fp32-rounded needs backend=transformers"),
         ("emulate_tp=2", "use tp=2, which runs 2 real ranks"),
-        ("concurrent=true", "use batch=auto"),
         ("quant=torchao-int4", "vLLM does not load quant=torchao-int4 (use backend=transformers"),
         ("quant=awq,dtype=fp32", "computes in bf16 or fp16, not in fp32"),
         ("quant=gptq", "use dtype=fp16, or quant=gptq_marlin"),

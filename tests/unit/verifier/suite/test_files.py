@@ -16,8 +16,8 @@ from suite_world import TOML, Starts, make, opened, run
 
 from fpforensics.common.errors import ReplayError
 from fpforensics.common.lab.reader import open_experiment
-from fpforensics.verifier.suite.files import slowdown_interval
 from fpforensics.verifier.suite.journal import read_journal
+from fpforensics.verifier.suite.timing import slowdown_interval
 
 TWO = """
 [[prover]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 from suite_world import TOML
@@ -90,6 +91,7 @@ def test_shared_baseline_and_other_baselines() -> None:
         "local.attn=eager",
         "local.emulate_tp=2",
         "local.ep=2",
+        "local.concurrent=true",
         "local.dtype=fp32",
     ]
     assert jobs[1].experiments == ("attention", "more")  # a variant here, a baseline there: one job
@@ -120,7 +122,16 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_an_experiment_that_is_skipped_needs_no_values() -> None:
-    suite = find_suite("megaplan-smollm2")
+    suite = parse_suite(TOML, "tiny.toml")
     (skipped,) = [each for each in suite.experiments if each.skip]
-    assert skipped.name == "concurrent_streams"
-    assert not [job for job in plan_jobs(suite) if "concurrent" in job.id]
+    assert (skipped.name, skipped.variants) == ("cuda_version", ())
+    assert not [job for job in plan_jobs(suite) if "cuda" in job.id]
+
+
+@pytest.mark.parametrize("name", ["megaplan", "megaplan-smollm2"])
+def test_concurrent_work_is_part_of_the_plan(name: str) -> None:
+    suite = find_suite(name)
+    assert not [each.name for each in suite.experiments if each.skip]
+    (job,) = [job for job in plan_jobs(suite) if job.variant.config.concurrent_work]
+    assert job.experiments == ("concurrent_streams",)
+    assert msgspec.structs.replace(job.variant.config, concurrent_work=False) == suite.baseline.config

@@ -1,0 +1,83 @@
+"""How long each config's repetitions took, and by how much that is slower than the baseline's."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from fpforensics.verifier.suite.journal import Entry
+from fpforensics.verifier.suite.model import Experiment
+from fpforensics.verifier.suite.plan import Job, jobs_of
+from fpforensics.verifier.suite.sessions import Setting
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a config's repetitions took. ``slowdown`` is the mean over the baseline's, with a 95 % interval.
+
+    The interval is Fieller's for a ratio of means of unequal variance, with Welch's degrees of freedom; None where there are
+    too few repetitions, or where it is unbounded.
+    """
+
+    config: str
+    seconds: tuple[float, ...]
+    mean: float
+    variance: float
+    slowdown: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+def is_finished(job: Job, ended: Mapping[str, Entry]) -> bool:
+    """Whether there is a bundle of this job."""
+    return job.id in ended and ended[job.id].event == "finished"
+
+
+def timings(
+    setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: Mapping[str, Entry]
+) -> Iterator[Timing]:
+    """Every finished config of an experiment, prover by prover, its baseline first."""
+    for prover in setting.suite.provers:
+        base: tuple[float, ...] = ()
+        for variant, job in jobs_of(experiment, jobs, prover.name):
+            if not is_finished(job, ended):
+                continue
+            seconds = ended[job.id].wall_seconds
+            base = base or seconds
+            own = seconds is base
+            yield Timing(
+                config=f"{prover.name}_{variant.name}",
+                seconds=seconds,
+                mean=statistics.fmean(seconds),
+                variance=statistics.variance(seconds) if len(seconds) > 1 else 0.0,
+                slowdown=None if own else statistics.fmean(seconds) / statistics.fmean(base),
+                interval=None if own else slowdown_interval(seconds, base),
+            )
+
+
+def slowdown_interval(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:
+    """A 95 % confidence interval of the ratio of two means (Fieller 1954); None where there is none that is bounded."""
+    if min(len(seconds), len(base)) < 2:
+        return None
+    a, b = statistics.fmean(seconds), statistics.fmean(base)
+    va, vb = statistics.variance(seconds) / len(seconds), statistics.variance(base) / len(base)
+    if va + vb == 0:
+        return a / b, a / b
+    freedom = (va + vb) ** 2 / (va**2 / (len(seconds) - 1) + vb**2 / (len(base) - 1))
+    t = _t_quantile(freedom)
+    g = t * t * vb / (b * b)
+    if g >= 1:
+        return None
+    centre = a / b / (1 - g)
+    half = t / (b * (1 - g)) * math.sqrt((1 - g) * va + (a / b) ** 2 * vb)
+    return centre - half, centre + half
+
+
+_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def _t_quantile(freedom: float) -> float:
+    """Student's t at 0.975, for the whole degrees of freedom below: never too narrow."""
+    whole = max(1, int(freedom))
+    return _T975[whole - 1] if whole <= len(_T975) else _T975[-1]
