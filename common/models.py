@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "context_length",
+    "download_bytes",
     "load_tokenizer",
     "num_layers",
     "resolve_model",
@@ -36,6 +37,7 @@ INSTALL_HF = "pip install 'fpforensics[hf]'"
 MAX_NAME_LENGTH = 1024
 _MAX_CONFIG_BYTES = 1 << 24
 _MOST_STRETCHED = 1 << 10
+_ASK_SECONDS = 10.0
 _FETCHED = ["*.safetensors", "*.json", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja"]
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HF_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
@@ -85,6 +87,22 @@ def resolve_model(
         )
         raise UsageError(f"{what}: no such folder, and not a Hugging Face id", hint)
     return _from_hub(name, target, revision, allow_download)
+
+
+def download_bytes(name: str, revision: str = "", models: Mapping[str, str] | None = None) -> int | None:
+    """How many bytes :func:`resolve_model` would fetch from Hugging Face for ``name``; None where nobody says."""
+    target = (models or {}).get(name, name)
+    if not _HF_ID.fullmatch(target):
+        return None
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import filter_repo_objects
+
+        said = HfApi().model_info(target, revision=revision or None, files_metadata=True, timeout=_ASK_SECONDS)
+    except Exception:  # whatever keeps it from answering, by whichever HTTP library: then it is not known
+        return None
+    wanted = filter_repo_objects(said.siblings or [], allow_patterns=_FETCHED, key=lambda each: each.rfilename)
+    return sum(each.size or 0 for each in wanted)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -70,15 +70,20 @@ def fetch(setting: Setting, job: Job, session: str, nonce: str, report: Report, 
     plan = session_plan(setting.suite, job.variant, nonce)
     incoming = setting.folder.incoming / f"{session}.msgpack"
     try:
-        if job.prover.endpoint == LOCAL:
-            _run_here(setting, job, plan, incoming, report)
-        else:
-            _run_there(setting, job.prover, plan, incoming, report, keyring)
+        obtain(setting, job, plan, incoming, report, keyring)
         held = check(setting, job, incoming, plan, keyring)
         setting.folder.accept(incoming, session)
         return held
     finally:
         incoming.unlink(missing_ok=True)
+
+
+def obtain(setting: Setting, job: Job, plan: SessionPlan, incoming: Path, report: Report, keyring: Keyring) -> None:
+    """Have the job's prover run ``plan``, its bundle in ``incoming``: not checked yet."""
+    if job.prover.endpoint == LOCAL:
+        _run_here(setting, job, plan, incoming, report)
+    else:
+        _run_there(setting, job.prover, plan, incoming, report, keyring)
 
 
 def adopt(setting: Setting, job: Job, session: str, nonce: str, keyring: Keyring) -> Held | None:
