@@ -24,8 +24,7 @@ from fpforensics.verifier.suite.finding import PROMPTS, SKIPPED, Finding, failed
 from fpforensics.verifier.suite.folder import Folder, Settings
 from fpforensics.verifier.suite.machines import Probe, check_interpreters, check_ranks, probe
 from fpforensics.verifier.suite.model import LOCAL
-from fpforensics.verifier.suite.plan import Job, plan_jobs, session_plan
-from fpforensics.verifier.suite.replays import plan_replays
+from fpforensics.verifier.suite.plan import Job, plan_jobs, plan_replays, session_plan
 from fpforensics.verifier.suite.sessions import Report, Setting
 from fpforensics.verifier.suite.space import Find, check_models, check_outputs
 from fpforensics.verifier.suite.trial import Trial, tiny

@@ -19,8 +19,7 @@ from fpforensics.verifier.suite.finding import (
     passed,
 )
 from fpforensics.verifier.suite.model import References, Suite
-from fpforensics.verifier.suite.plan import plan_jobs
-from fpforensics.verifier.suite.replays import plan_replays
+from fpforensics.verifier.suite.plan import plan_jobs, plan_replays
 from fpforensics.verifier.suite.sessions import Setting
 from fpforensics.verifier.suite.trial import Trial
 
