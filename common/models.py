@@ -7,6 +7,7 @@ a Hugging Face id. Only safetensors, JSON and tokenizer files are ever fetched: 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ MAX_NAME_LENGTH = 1024
 _MAX_CONFIG_BYTES = 1 << 24
 _MOST_STRETCHED = 1 << 10
 _ASK_SECONDS = 10.0
+_IMPORTING = threading.Lock()  # transformers imports by need: two threads that are first find half of it
 _FETCHED = ["*.safetensors", "*.json", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja"]
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HF_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
@@ -111,7 +113,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises :class:`UsageError` where there is none that works, and :class:`MissingDependencyError`.
     """
     try:
-        from transformers import AutoTokenizer
+        with _IMPORTING:
+            from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingDependencyError("a tokenizer", "transformers", INSTALL_HF) from error
     try:
