@@ -103,7 +103,8 @@ def run_replays(
             if is_full(error):
                 raise
             reason = shorten(error.diagnostics(), MAX_REASON)
-            journal.add(Entry(event="skipped", job=name, at=time.time(), reason=reason, loads=loads.count))
+            skipped = Entry(event="skipped", job=name, at=time.time(), reason=reason)
+            journal.add(msgspec.structs.replace(skipped, loads=loads.count, load_seconds=loads.seconds))
             continue
         write_atomically(setting.folder.replay(each.name), msgspec.json.encode(measured))
         journal.add(

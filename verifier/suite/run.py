@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from fpforensics.common.errors import (
     CancelledError,
     DeadlineError,
@@ -139,7 +141,8 @@ def _run_job(setting: Setting, journal: Journal, job: Job, tell: Report, keyring
 
     def note(event: str, error: Error) -> None:
         reason = shorten(error.diagnostics(), MAX_REASON)
-        journal.add(Entry(event=event, job=job.id, at=clock.now(), reason=reason, loads=loads.count))  # type: ignore[arg-type]
+        ended = Entry(event=event, job=job.id, at=clock.now(), reason=reason)  # type: ignore[arg-type]
+        journal.add(msgspec.structs.replace(ended, loads=loads.count, load_seconds=loads.seconds))
 
     try:
         sessions = _sessions(setting, journal, job, noticing, keyring, clock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class Setting:
 
 
 class Loads:
-    """Starts engines, and notes how many and how long they took to load."""
+    """Starts engines, and notes how many and how long they took to load, or to refuse."""
 
     def __init__(self, start: EngineStarter) -> None:
         self._start = start
@@ -63,8 +63,11 @@ class Loads:
         """Load ``config``, as any starter does."""
         started = time.perf_counter()
         self.count += 1
-        with self._start(config, host, cancelled) as engine:
-            self.seconds += time.perf_counter() - started
+        with ExitStack() as stack:
+            try:
+                engine = stack.enter_context(self._start(config, host, cancelled))
+            finally:
+                self.seconds += time.perf_counter() - started
             yield engine
 
 
