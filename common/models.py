@@ -7,6 +7,7 @@ a Hugging Face id. Only safetensors, JSON and tokenizer files are ever fetched: 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "context_length",
+    "download_bytes",
     "load_tokenizer",
     "num_layers",
     "resolve_model",
@@ -36,6 +38,8 @@ INSTALL_HF = "pip install 'fpforensics[hf]'"
 MAX_NAME_LENGTH = 1024
 _MAX_CONFIG_BYTES = 1 << 24
 _MOST_STRETCHED = 1 << 10
+_ASK_SECONDS = 10.0
+_IMPORTING = threading.Lock()  # transformers imports by need: two threads that are first find half of it
 _FETCHED = ["*.safetensors", "*.json", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja"]
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HF_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
@@ -87,13 +91,30 @@ def resolve_model(
     return _from_hub(name, target, revision, allow_download)
 
 
+def download_bytes(name: str, revision: str = "", models: Mapping[str, str] | None = None) -> int | None:
+    """How many bytes :func:`resolve_model` would fetch from Hugging Face for ``name``; None where nobody says."""
+    target = (models or {}).get(name, name)
+    if not _HF_ID.fullmatch(target):
+        return None
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import filter_repo_objects
+
+        said = HfApi().model_info(target, revision=revision or None, files_metadata=True, timeout=_ASK_SECONDS)
+    except Exception:  # whatever keeps it from answering, by whichever HTTP library: then it is not known
+        return None
+    wanted = filter_repo_objects(said.siblings or [], allow_patterns=_FETCHED, key=lambda each: each.rfilename)
+    return sum(each.size or 0 for each in wanted)
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint's folder, from its files alone: no network, no code.
 
     Raises :class:`UsageError` where there is none that works, and :class:`MissingDependencyError`.
     """
     try:
-        from transformers import AutoTokenizer
+        with _IMPORTING:
+            from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingDependencyError("a tokenizer", "transformers", INSTALL_HF) from error
     try:

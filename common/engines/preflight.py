@@ -32,15 +32,21 @@ def require_runnable(configs: Iterable[ExecutionConfig], host: Host) -> None:
     Packages are looked for in this interpreter only: what another one holds (``host.python``) is its worker's to say.
     """
     for config in configs:
-        find_engine(config)
+        require_possible(config)
         rules = vllm_rules if config.backend == "vllm" else transformers_load
-        rules.check_combination(config)
         if not host.python:
             rules.check_packages(config)
         if config.backend == "vllm":
             vllm_rules.check_host(config, host)
         if config.attention == "flash_attention_2" and (host.device == "cpu" or _no_cuda(host)):
             raise ReplayError("attn=flash_attention_2 needs a CUDA device", "use attn=sdpa_flash")
+
+
+def require_possible(config: ExecutionConfig) -> None:
+    """Raise :class:`UsageError` for a config that the engines run on no machine."""
+    find_engine(config)
+    rules = vllm_rules if config.backend == "vllm" else transformers_load
+    rules.check_combination(config)
 
 
 def check_checkpoint(config: ExecutionConfig, path: Path) -> None:

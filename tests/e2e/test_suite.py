@@ -9,42 +9,10 @@ import sys
 from pathlib import Path
 
 from click.testing import CliRunner
-from tiny_models import make_tiny_model
+from small_suite import write_suite
 
 from fpforensics.verifier.cli.analyze import analyze
 from fpforensics.verifier.cli.suite import suite
-
-SUITE = """
-name = "small"
-repetitions = 2
-[baseline]
-config = "model=tiny,attn=sdpa,dtype=bf16"
-[references]
-count = 1
-prompt_tokens = 24
-new_tokens = 5
-documents = ["{document}"]
-[capture]
-layers = ["1", "2", "last"]
-top_k = 5
-[replay]
-device = "cpu"
-[[prover]]
-name = "here"
-device = "cpu"
-[[experiment]]
-name = "attention"
-variable = "attn"
-values = ["attn=eager"]
-[[experiment]]
-name = "concurrent_streams"
-variable = "concurrent"
-values = ["concurrent=true"]
-[[experiment]]
-name = "expert_parallel"
-variable = "ep"
-values = ["ep=2"]
-"""
 
 
 def verifier(*arguments: object) -> str:
@@ -66,15 +34,25 @@ def analyzed(*arguments: object) -> str:
 
 
 def test_suite(tmp_path: Path) -> None:
-    make_tiny_model(tmp_path / "model", "llama")
-    document = tmp_path / "text.txt"
-    document.write_text(" ".join(f"Sentence number {number} has its own words." for number in range(30)))
-    (tmp_path / "small.toml").write_text(SUITE.format(document=document))
+    write_suite(tmp_path)
     out = tmp_path / "out"
+    checked = json.loads(
+        verifier(
+            "suite", "check", tmp_path / "small.toml", "--model-path", f"tiny={tmp_path / 'model'}", "-q", "--json"
+        )
+    )
+    assert checked["ready"]
+    states = {(each["check"], each["status"]) for each in checked["findings"]}
+    assert {("model loads", "passed"), ("signals and shapes", "passed"), ("repetitions bit-exact", "passed")} <= states
+    assert {
+        ("experiment JSON", "passed"),
+        ("prompts exact", "passed"),
+        ("would be skipped", "not_applicable"),
+    } <= states
     said = verifier(
         "suite", "run", tmp_path / "small.toml", "-o", out, "--model-path", f"tiny={tmp_path / 'model'}", "-q"
     )
-    assert "2 of 2 configs" in said
+    assert "3 of 3 configs" in said
     assert "skipped: here.ep=2" in said
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     # The suite's own numbers are those that analyze gives for its file.

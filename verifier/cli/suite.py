@@ -1,9 +1,10 @@
-"""``verifier suite``: ablation experiments as prover sessions; ``list``, ``show``, ``validate``, ``run``, ``resume``."""
+"""``verifier suite``: ablation experiments as prover sessions; ``list``, ``show``, ``validate``, ``check``, ``run``, ``resume``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import click
 
@@ -12,7 +13,9 @@ from fpforensics.common.errors import UsageError, shorten
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
 
 if TYPE_CHECKING:
-    from fpforensics.verifier.suite.model import ProverSpec
+    from fpforensics.verifier.suite.model import ProverSpec, Suite
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group()
@@ -64,13 +67,80 @@ def validate(files: tuple[Path, ...]) -> None:
         click.echo(f"{path}: valid: {read.name}, {len(jobs)} configs, {model_loads(jobs)} model loads")
 
 
+def prover_options(command: F) -> F:
+    """``--prover``, ``--key``, ``--model-path`` and ``--no-replay``: on what a suite runs, and what is done here."""
+    for decorate in reversed(
+        (
+            click.option("--prover", "provers", multiple=True, metavar="HOST:PORT[,LABEL=VALUE…]", help="Use these provers, not those of the suite; e.g. 10.0.0.5:7341,gpu=A100. Repeatable."),
+            click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Public key of a remote prover, or a folder of *.pub. Repeatable."),
+            click.option("--model-path", "model_paths", multiple=True, metavar="NAME=PATH", help="Where a model's checkpoint lies here. Repeatable."),
+            click.option("--no-replay", is_flag=True, help="Collect evidence only."),
+        )
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+@suite.command()
+@click.argument("name", metavar="NAME|FILE")
+@click.option("--output", "-o", default=".", type=click.Path(path_type=Path), help="Where the run's folder is to be: its disk is looked at. [default: here]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
+@prover_options
+@access_options
+@quiet_option
+def check(
+    name: str,
+    output: Path,
+    as_json: bool,
+    provers: tuple[str, ...],
+    keys: tuple[Path, ...],
+    model_paths: tuple[str, ...],
+    no_replay: bool,
+    quiet: bool,
+    **access: Unpack[AccessOptions],
+) -> None:
+    """Check what a run needs, with a tiny session on each prover: ✓, ✗ with the way out, – where there is nothing to check.
+
+    Exit code 0: nothing failed; 5: something did.
+
+    \b
+    verifier suite check megaplan-smollm2 -o results/
+    verifier suite check megaplan --prover 10.0.0.5:7341,gpu=A100 --key keys/ --json
+    """
+    import msgspec
+
+    from fpforensics.common.cli import make_host
+    from fpforensics.common.errors import ReplayError
+    from fpforensics.common.keys import Keyring
+    from fpforensics.verifier.suite.finding import is_ready, render_finding
+    from fpforensics.verifier.suite.folder import Folder
+    from fpforensics.verifier.suite.ready import check_suite
+    from fpforensics.verifier.suite.sessions import Setting
+
+    found = _asked(name, provers, keys, no_replay)
+    setting = Setting(
+        folder=Folder(output),
+        suite=found,
+        models=make_host("auto", "", (), model_paths).models,
+        access=make_access(access),
+    )
+    findings = []
+    with progress_bar(quiet) as report:
+        for finding in check_suite(setting, Keyring.from_paths(keys), report):
+            findings.append(finding)
+            if not as_json:
+                click.echo(render_finding(finding))
+    if as_json:
+        said = msgspec.json.encode({"suite": found.name, "ready": is_ready(findings), "findings": findings})
+        click.echo(msgspec.json.format(said).decode())
+    if not is_ready(findings):
+        click.get_current_context().exit(ReplayError.exit_code)
+
+
 @suite.command()
 @click.argument("name", metavar="NAME|FILE")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="New folder for everything that the run leaves.")  # fmt: skip
-@click.option("--prover", "provers", multiple=True, metavar="HOST:PORT[,LABEL=VALUE…]", help="Use these provers, not those of the suite; e.g. 10.0.0.5:7341,gpu=A100. Repeatable.")  # fmt: skip
-@click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Public key of a remote prover, or a folder of *.pub. Repeatable.")  # fmt: skip
-@click.option("--model-path", "model_paths", multiple=True, metavar="NAME=PATH", help="Where a model's checkpoint lies here. Repeatable.")  # fmt: skip
-@click.option("--no-replay", is_flag=True, help="Collect evidence only.")
+@prover_options
 @access_options
 @quiet_option
 def run(
@@ -89,11 +159,30 @@ def run(
     verifier suite run megaplan-smollm2 -o results/
     verifier suite run megaplan -o results/ --prover 10.0.0.5:7341,gpu=A100 --prover 10.0.0.6:7341,gpu=H100 --key keys/
     """
-    import msgspec
-
     from fpforensics.common.cli import make_host
     from fpforensics.common.keys import Keyring
     from fpforensics.verifier.suite.folder import Folder, Settings
+
+    found = _asked(name, provers, keys, no_replay)
+    models = make_host("auto", "", (), model_paths).models
+    Folder(output).create(Settings(suite=found, models=models), Keyring.from_paths(keys))
+    _go(output, access, quiet, again=False)
+
+
+@suite.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--again", is_flag=True, help="Try what was skipped too.")
+@access_options
+@quiet_option
+def resume(folder: Path, again: bool, quiet: bool, **access: Unpack[AccessOptions]) -> None:
+    """Go on where a run ended, however it ended: what is finished is not repeated."""
+    _go(folder, access, quiet, again=again)
+
+
+def _asked(name: str, provers: Sequence[str], keys: Sequence[Path], no_replay: bool) -> Suite:
+    """The suite with the provers of the command line, each of its sessions possible by its plan."""
+    import msgspec
+
     from fpforensics.verifier.suite.model import LOCAL
     from fpforensics.verifier.suite.plan import plan_jobs, session_plan
     from fpforensics.verifier.suite.reading import find_suite
@@ -108,19 +197,7 @@ def run(
         raise UsageError("a remote prover without --key", "whose bundles do you trust? give the prover's public key")
     for job in plan_jobs(found):
         session_plan(found, job.variant, "")
-    models = make_host("auto", "", (), model_paths).models
-    Folder(output).create(Settings(suite=found, models=models), Keyring.from_paths(keys))
-    _go(output, access, quiet, again=False)
-
-
-@suite.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--again", is_flag=True, help="Try what was skipped too.")
-@access_options
-@quiet_option
-def resume(folder: Path, again: bool, quiet: bool, **access: Unpack[AccessOptions]) -> None:
-    """Go on where a run ended, however it ended: what is finished is not repeated."""
-    _go(folder, access, quiet, again=again)
+    return found
 
 
 def _go(path: Path, access: AccessOptions, quiet: bool, *, again: bool) -> None:

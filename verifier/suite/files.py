@@ -25,8 +25,8 @@ from fpforensics.verifier.suite.folder import publish
 from fpforensics.verifier.suite.forensics import Forensics, examine
 from fpforensics.verifier.suite.journal import Entry
 from fpforensics.verifier.suite.model import Experiment, ProverSpec, Variant
-from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs
-from fpforensics.verifier.suite.replays import claimed_verified, plan_replays
+from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs, plan_replays, replay_id
+from fpforensics.verifier.suite.replays import claimed_verified
 from fpforensics.verifier.suite.sessions import Report, Setting
 from fpforensics.verifier.suite.timing import Timing, is_finished, timings
 
@@ -119,9 +119,9 @@ def _one(
         forensics=tuple(examine(setting, experiment, jobs, ended, timing, analysis)),
         matrices={name: matrices for name, matrices in found.items() if matrices},
         replays_skipped={
-            each.name: ended[f"replay:{each.name}"].reason
+            each.name: ended[replay_id(each.name)].reason
             for each in plan_replays(setting.suite)
-            if each.variant.arithmetic in wanted and ended.get(f"replay:{each.name}", _NONE).event == "skipped"
+            if each.variant.arithmetic in wanted and ended.get(replay_id(each.name), _NONE).event == "skipped"
         },
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import msgspec
@@ -38,6 +39,7 @@ class Folder:
         self.incoming = path / ".incoming"
         self.key = path / "local.key"
         self.keys = path / "keys"
+        self.lock = threading.Lock()  # of threads that check what they bring
 
     def create(self, settings: Settings, trusted: Keyring) -> None:
         """Make a new run's folder; ``trusted`` are the remote provers' keys. Raises :class:`UsageError` if one is there."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,10 @@ ENDED: tuple[Event, ...] = (*DONE, "blocked", "failed")
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line. ``job`` is a job's, a session's or a replay's id; ``at`` is seconds since 1970; ``identical`` is about
-    repetitions, as are ``wall_seconds`` and ``concurrent_work``."""
+    repetitions, as are ``wall_seconds`` and ``concurrent_work``.
+
+    ``loads`` is how many workers this machine started for it, and ``load_seconds`` how long they all took to load.
+    """
 
     event: Event
     job: str
@@ -36,15 +40,18 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     wall_seconds: tuple[float, ...] = ()
     identical: bool = True
     concurrent_work: tuple[ConcurrentWork, ...] = ()
+    loads: int = 0
+    load_seconds: float = 0.0
     reason: str = ""
 
 
 class Journal:
-    """An open journal, held by one process at a time."""
+    """An open journal, held by one process at a time; its threads may share it."""
 
     def __init__(self, path: Path, write: Callable[[int, bytes], int] = os.write) -> None:
         self._path = path
         self._write = write
+        self._lock = threading.Lock()
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -64,6 +71,11 @@ class Journal:
     def add(self, entry: Entry) -> None:
         """Append and sync. A line that could not be written whole is taken back, and the error raised."""
         line = memoryview(msgspec.json.encode(entry) + b"\n")
+        with self._lock:
+            self._append(line)
+            self._entries.append(entry)
+
+    def _append(self, line: memoryview) -> None:
         os.lseek(self._file, self._end, os.SEEK_SET)
         written = 0
         try:
@@ -74,11 +86,12 @@ class Journal:
             os.ftruncate(self._file, self._end)
             raise
         self._end += len(line)
-        self._entries.append(entry)
 
     def latest(self, *events: Event) -> Mapping[str, Entry]:
         """Each job's last entry, of these events only if any are named."""
-        return {entry.job: entry for entry in self._entries if not events or entry.event in events}
+        with self._lock:
+            entries = list(self._entries)
+        return {entry.job: entry for entry in entries if not events or entry.event in events}
 
     def close(self) -> None:
         """Let another process have it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from fpforensics.common.errors import UsageError
 from fpforensics.common.signals import Sampling
 from fpforensics.prover.session import SessionPlan, check_plan
@@ -48,11 +50,56 @@ def plan_jobs(suite: Suite) -> tuple[Job, ...]:
     return tuple(jobs)
 
 
+def lanes_of(jobs: Sequence[Job]) -> list[list[Job]]:
+    """What runs side by side: the jobs of each machine in order. Provers on this one, or of one endpoint, share a machine."""
+    lanes: dict[str, list[Job]] = {}
+    for job in jobs:
+        lanes.setdefault(job.prover.endpoint, []).append(job)
+    return list(lanes.values())
+
+
 def jobs_of(experiment: Experiment, jobs: Sequence[Job], prover: str) -> list[tuple[Variant, Job]]:
     """The experiment's variants, its baseline first, each with the job that runs it on ``prover``."""
     by_identity = {job.variant.identity: job for job in jobs if job.prover.name == prover}
     wanted = (experiment.baseline, *experiment.variants)
     return [(each, by_identity[each.identity]) for each in wanted if each.identity in by_identity]
+
+
+class VerifiedVariant(msgspec.Struct, frozen=True, kw_only=True):
+    """One config to replay, the jobs whose bundles it is forced through, and the experiments that need it."""
+
+    name: str
+    variant: Variant
+    jobs: tuple[str, ...]
+    experiments: tuple[str, ...]
+
+
+def plan_replays(suite: Suite) -> tuple[VerifiedVariant, ...]:
+    """Each config once, with every job that shares an experiment with it."""
+    jobs = plan_jobs(suite)
+    found: dict[str, tuple[Variant, dict[str, None], list[str]]] = {}
+    for experiment in suite.experiments:
+        if experiment.skip:
+            continue
+        claimed = [job.id for prover in suite.provers for _, job in jobs_of(experiment, jobs, prover.name)]
+        for variant in (experiment.baseline, *experiment.variants):
+            _, wanted, names = found.setdefault(variant.arithmetic, (variant, {}, []))
+            wanted.update(dict.fromkeys(claimed))
+            names.append(experiment.name)
+    taken: set[str] = set()
+    planned = []
+    for variant, wanted, names in found.values():
+        name = variant.name
+        while name.lower() in taken:
+            name += "_"
+        taken.add(name.lower())
+        planned.append(VerifiedVariant(name=name, variant=variant, jobs=tuple(wanted), experiments=tuple(names)))
+    return tuple(planned)
+
+
+def replay_id(name: str) -> str:
+    """What the journal calls the replay of a verified config."""
+    return f"replay:{name}"
 
 
 def session_plan(suite: Suite, variant: Variant, nonce: str) -> SessionPlan:

@@ -7,7 +7,7 @@ that says which configs' replays were bit-identical.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -33,9 +33,10 @@ from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrice
 from fpforensics.verifier.replay import fingerprint, held_layers
 from fpforensics.verifier.suite.folder import is_full
 from fpforensics.verifier.suite.journal import Entry, Journal
-from fpforensics.verifier.suite.model import Experiment, Suite, Variant
-from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs
-from fpforensics.verifier.suite.sessions import Report, Setting
+from fpforensics.verifier.suite.left import say_left
+from fpforensics.verifier.suite.model import Experiment, Variant
+from fpforensics.verifier.suite.plan import jobs_of, plan_jobs, plan_replays, replay_id
+from fpforensics.verifier.suite.sessions import Loads, Report, Setting
 
 MAX_REASON = 600
 
@@ -63,35 +64,6 @@ class ReplayFile(msgspec.Struct, frozen=True, kw_only=True):
     claimed: dict[str, Replayed]
 
 
-class VerifiedVariant(msgspec.Struct, frozen=True, kw_only=True):
-    """One config to replay, and the jobs whose bundles it is forced through."""
-
-    name: str
-    variant: Variant
-    jobs: tuple[str, ...]
-
-
-def plan_replays(suite: Suite) -> tuple[VerifiedVariant, ...]:
-    """Each config once, with every job that shares an experiment with it."""
-    jobs = plan_jobs(suite)
-    found: dict[str, tuple[Variant, dict[str, None]]] = {}
-    for experiment in suite.experiments:
-        if experiment.skip:
-            continue
-        claimed = [job.id for prover in suite.provers for _, job in jobs_of(experiment, jobs, prover.name)]
-        for variant in (experiment.baseline, *experiment.variants):
-            found.setdefault(variant.arithmetic, (variant, {}))[1].update(dict.fromkeys(claimed))
-    taken: set[str] = set()
-    planned = []
-    for variant, wanted in found.values():
-        name = variant.name
-        while name.lower() in taken:
-            name += "_"
-        taken.add(name.lower())
-        planned.append(VerifiedVariant(name=name, variant=variant, jobs=tuple(wanted)))
-    return tuple(planned)
-
-
 def run_replays(
     setting: Setting,
     journal: Journal,
@@ -111,29 +83,40 @@ def run_replays(
             known and {job: found.digest for job, found in known.claimed.items()}.items() >= wanted.items()
         ):
             continue
-        name = f"replay:{each.name}"
+        name = replay_id(each.name)
         last = journal.latest().get(name)
         if last is not None and last.event == "skipped" and not again:
             continue
+        place = f"replay {number} of {len(planned)}{say_left(setting.suite, journal)}"
+        where = f"{', '.join(each.experiments[:2])}: {each.name} ({place})"
 
-        def tell(
-            stage: str, done: int, total: int, what: str = f"replay {each.name} ({number} of {len(planned)})"
-        ) -> None:
-            report(f"{what}: {stage}", done, total)
+        def tell(stage: str, done: int, total: int, where: str = where) -> None:
+            report(f"{where}: {stage}", done, total)
 
+        loads = Loads(setting.start)
         journal.add(Entry(event="started", job=name, at=time.time()))
         try:
-            measured = _replay(setting, each.variant, wanted, tell)
+            measured = _replay(replace(setting, start=loads), each.variant, wanted, tell)
         except CancelledError:
             raise
         except (UsageError, MissingDependencyError, ReplayError) as error:
             if is_full(error):
                 raise
             reason = shorten(error.diagnostics(), MAX_REASON)
-            journal.add(Entry(event="skipped", job=name, at=time.time(), reason=reason))
+            skipped = Entry(event="skipped", job=name, at=time.time(), reason=reason)
+            journal.add(msgspec.structs.replace(skipped, loads=loads.count, load_seconds=loads.seconds))
             continue
         write_atomically(setting.folder.replay(each.name), msgspec.json.encode(measured))
-        journal.add(Entry(event="finished", job=name, at=time.time(), seconds=measured.seconds))
+        journal.add(
+            Entry(
+                event="finished",
+                job=name,
+                at=time.time(),
+                seconds=measured.seconds,
+                loads=loads.count,
+                load_seconds=loads.seconds,
+            )
+        )
 
 
 def read_replay(path: Path) -> ReplayFile | None:
@@ -184,7 +167,7 @@ def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Re
     started = time.perf_counter()
     found: dict[str, Replayed] = {}
     tell("starting", 0, len(wanted))
-    with setting.start(msgspec.structs.replace(config, weights_digest=held), host, setting.cancelled) as engine:
+    with setting.start(msgspec.structs.replace(config, weights_digest=held), host, setting.stop) as engine:
         for done, job in enumerate(wanted):
             tell(job, done, len(wanted))
             with open_bundle(setting.folder.bundle(job), keyring) as bundle:
@@ -219,8 +202,3 @@ def _require_same_weights(bundle: VerifiedBundle, variant: Variant, held: str) -
             f"the checkpoint here is {shorten(held, 24)}",
             "both sides must hold the same checkpoint: name it with --model-path",
         )
-
-
-def replay_loads(suite: Suite, jobs: Sequence[Job]) -> int:
-    """How many times a model is loaded for replays, at most."""
-    return len(plan_replays(suite)) if suite.replay.enabled and jobs else 0

@@ -7,10 +7,12 @@ which can then be resumed.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from fpforensics.common.errors import (
     CancelledError,
@@ -30,8 +32,9 @@ from fpforensics.common.signals import Trace, first_divergence
 from fpforensics.verifier.intake import open_bundle
 from fpforensics.verifier.suite.folder import is_full
 from fpforensics.verifier.suite.journal import DONE, ENDED, Entry, Journal
-from fpforensics.verifier.suite.plan import Job, plan_jobs
-from fpforensics.verifier.suite.sessions import Held, Report, Setting, adopt, fetch, new_nonce
+from fpforensics.verifier.suite.left import say_left
+from fpforensics.verifier.suite.plan import Job, lanes_of, plan_jobs
+from fpforensics.verifier.suite.sessions import Held, Loads, Report, Setting, adopt, fetch, new_nonce
 
 RETRIES = 4
 RETRY_SECONDS = 2.0
@@ -44,10 +47,10 @@ class StoppedError(ReplayError):
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Time, as tests can set it."""
+    """Time, as tests can set it. ``wait`` is by default until all is to end, at most so many seconds."""
 
     now: Callable[[], float] = time.time
-    wait: Callable[[float], None] = time.sleep
+    wait: Callable[[float], None] | None = None
 
 
 def run_sessions(
@@ -58,38 +61,78 @@ def run_sessions(
     clock: Clock | None = None,
     again: bool = False,
 ) -> None:
-    """Run every job that is not done. Failed ones are tried again, skipped ones only with ``again``.
+    """Run every job that is not done: one machine's in order, machines side by side.
+
+    Failed jobs are tried again, skipped ones only with ``again``. What ends the run on one machine lets the jobs that are under
+    way on others end first, so that nothing is lost; Ctrl-C ends them at once.
 
     Raises :class:`StoppedError` where the run cannot go on now, and :class:`EvidenceError` for a prover's bundle that is
     not to be trusted.
     """
     clock = clock or Clock()
     jobs = plan_jobs(setting.suite)
-    keyring = setting.folder.keyring()
-    for number, job in enumerate(jobs, start=1):
+    run = _Run(setting, journal, report, clock, again, jobs, setting.folder.keyring())
+    lanes = lanes_of(jobs)
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        working = [pool.submit(run.lane, lane) for lane in lanes]
+        try:
+            wait(working)
+        except BaseException:  # Ctrl-C: nobody waits for what is under way
+            setting.stop.set()
+            raise
+    if run.failures:
+        raise run.failures[0]
+
+
+@dataclass
+class _Run:
+    """What the lanes of a run share. ``failures`` are what ended the run, the first one first."""
+
+    setting: Setting
+    journal: Journal
+    report: Report
+    clock: Clock
+    again: bool
+    jobs: Sequence[Job]
+    keyring: Keyring
+    failures: list[BaseException] = field(default_factory=list)
+
+    def lane(self, jobs: Sequence[Job]) -> None:
+        """One machine's jobs in order. Once the run has failed elsewhere, the one that is under way is the last."""
+        try:
+            for job in jobs:
+                if self.failures or self.setting.stop():
+                    return
+                self._job(job)
+        except BaseException as error:
+            self.failures.append(error)
+
+    def _job(self, job: Job) -> None:
+        setting, journal, now = self.setting, self.journal, self.clock.now
         last = journal.latest(*ENDED).get(job.id)
-        if last is not None and last.event in DONE and not (again and last.event == "skipped"):
+        if last is not None and last.event in DONE and not (self.again and last.event == "skipped"):
             _tidy(setting, job)
-            continue
+            return
         if job.skip:
-            journal.add(Entry(event="skipped", job=job.id, at=clock.now(), reason=job.skip))
-            continue
-        if reason := _blocked(setting, jobs, job, journal):
+            journal.add(Entry(event="skipped", job=job.id, at=now(), reason=job.skip))
+            return
+        if reason := _blocked(setting, self.jobs, job, journal):
             if last is None or (last.event, last.reason) != ("blocked", reason):
-                journal.add(Entry(event="blocked", job=job.id, at=clock.now(), reason=reason))
-            continue
-        where = (
-            f"{', '.join(job.experiments[:2]) or 'reference'}: {job.id} ({number} of {len(jobs)}{_left(journal, jobs)})"
-        )
+                journal.add(Entry(event="blocked", job=job.id, at=now(), reason=reason))
+            return
+        place = f"session {self.jobs.index(job) + 1} of {len(self.jobs)}{say_left(setting.suite, journal)}"
+        where = f"{', '.join(job.experiments[:2]) or 'reference'}: {job.id} ({place})"
 
-        def tell(stage: str, done: int, total: int, where: str = where) -> None:
-            report(f"{where}: {stage}", done, total)
+        def tell(stage: str, done: int, total: int) -> None:
+            last_one = "the last one, another prover's failed: " if self.failures else ""
+            self.report(f"{last_one}{where}: {stage}", done, total)
 
-        _run_job(setting, journal, job, tell, keyring, clock)
+        _run_job(setting, journal, job, tell, self.keyring, self.clock)
 
 
 def _run_job(setting: Setting, journal: Journal, job: Job, tell: Report, keyring: Keyring, clock: Clock) -> None:
-    started, worked = clock.now(), False
+    started, worked, loads = clock.now(), False, Loads(setting.start)
+    setting = replace(setting, start=loads)
 
     def noticing(stage: str, done: int, total: int) -> None:
         nonlocal worked
@@ -98,7 +141,8 @@ def _run_job(setting: Setting, journal: Journal, job: Job, tell: Report, keyring
 
     def note(event: str, error: Error) -> None:
         reason = shorten(error.diagnostics(), MAX_REASON)
-        journal.add(Entry(event=event, job=job.id, at=clock.now(), reason=reason))  # type: ignore[arg-type]
+        ended = Entry(event=event, job=job.id, at=clock.now(), reason=reason)  # type: ignore[arg-type]
+        journal.add(msgspec.structs.replace(ended, loads=loads.count, load_seconds=loads.seconds))
 
     try:
         sessions = _sessions(setting, journal, job, noticing, keyring, clock)
@@ -117,6 +161,8 @@ def _run_job(setting: Setting, journal: Journal, job: Job, tell: Report, keyring
                 wall_seconds=tuple(seconds for each in sessions for seconds in each.wall_seconds),
                 identical=identical,
                 concurrent_work=tuple(work for each in sessions for work in each.concurrent_work),
+                loads=loads.count,
+                load_seconds=loads.seconds,
             )
         )
         _tidy(setting, job)
@@ -165,10 +211,12 @@ def _fetch_patiently(
         try:
             return fetch(setting, job, session, nonce, tell, keyring)
         except (UnavailableError, LimitError) as error:
+            if setting.stop():
+                raise CancelledError("the run was stopped") from None
             if attempt == RETRIES:
                 raise
             tell(f"trying again: {error.message}", 0, 0)
-            clock.wait(RETRY_SECONDS * 2**attempt)
+            (clock.wait or setting.stop.wait)(RETRY_SECONDS * 2**attempt)
     raise AssertionError("unreachable")
 
 
@@ -235,16 +283,6 @@ def _blocked(setting: Setting, jobs: Sequence[Job], job: Job, journal: Journal) 
                 break
         reasons.append(reason)
     return shorten(reasons[0], MAX_REASON) if reasons and all(reasons) else ""
-
-
-def _left(journal: Journal, jobs: Sequence[Job]) -> str:
-    """The time left, from the jobs that are finished."""
-    ended = journal.latest(*DONE, "blocked")
-    took = [ended[job.id].seconds for job in jobs if job.id in ended and ended[job.id].event == "finished"]
-    if not took:
-        return ""
-    seconds = statistics.fmean(took) * sum(job.id not in ended for job in jobs)
-    return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
 
 
 def _stopped(setting: Setting, job: Job, error: Error) -> Error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import msgspec
 
 from fpforensics.common.access import Access
 from fpforensics.common.cache import write_atomically
-from fpforensics.common.config import DEFAULT_MODEL
-from fpforensics.common.engines.base import ConcurrentWork, EngineStarter, Host
+from fpforensics.common.config import DEFAULT_MODEL, ExecutionConfig
+from fpforensics.common.engines.base import ConcurrentWork, Engine, EngineStarter, Host
 from fpforensics.common.engines.preflight import require_host
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.errors import EvidenceError, MissingDependencyError
@@ -26,6 +28,7 @@ from fpforensics.verifier.intake import VerifiedBundle, open_bundle
 from fpforensics.verifier.suite.folder import Folder
 from fpforensics.verifier.suite.model import LOCAL, ProverSpec, Suite, Variant
 from fpforensics.verifier.suite.plan import Job, session_plan
+from fpforensics.verifier.suite.stop import Stop
 
 Report = Callable[[str, int, int], None]
 
@@ -39,13 +42,33 @@ class Setting:
     models: dict[str, str] = field(default_factory=dict)
     access: Access | None = None
     start: EngineStarter = start_engine
-    cancelled: Callable[[], bool] = lambda: False
+    stop: Stop = field(default_factory=Stop)
 
     def host(self, device: str, variant: Variant) -> Host:
         """Where a worker of ours runs ``variant``. Raises what keeps this host from it."""
         host = Host(device=device, python=variant.python, env=variant.env, models=self.models)
         require_host(host)
         return host
+
+
+class Loads:
+    """Starts engines, and notes how many and how long they took to load, or to refuse."""
+
+    def __init__(self, start: EngineStarter) -> None:
+        self._start = start
+        self.count, self.seconds = 0, 0.0
+
+    @contextmanager
+    def __call__(self, config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[Engine]:
+        """Load ``config``, as any starter does."""
+        started = time.perf_counter()
+        self.count += 1
+        with ExitStack() as stack:
+            try:
+                engine = stack.enter_context(self._start(config, host, cancelled))
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield engine
 
 
 @dataclass(frozen=True)
@@ -72,15 +95,20 @@ def fetch(setting: Setting, job: Job, session: str, nonce: str, report: Report, 
     plan = session_plan(setting.suite, job.variant, nonce)
     incoming = setting.folder.incoming / f"{session}.msgpack"
     try:
-        if job.prover.endpoint == LOCAL:
-            _run_here(setting, job, plan, incoming, report)
-        else:
-            _run_there(setting, job.prover, plan, incoming, report, keyring)
+        obtain(setting, job, plan, incoming, report, keyring)
         held = check(setting, job, incoming, plan, keyring)
         setting.folder.accept(incoming, session)
         return held
     finally:
         incoming.unlink(missing_ok=True)
+
+
+def obtain(setting: Setting, job: Job, plan: SessionPlan, incoming: Path, report: Report, keyring: Keyring) -> None:
+    """Have the job's prover run ``plan``, its bundle in ``incoming``: not checked yet."""
+    if job.prover.endpoint == LOCAL:
+        _run_here(setting, job, plan, incoming, report)
+    else:
+        _run_there(setting, job.prover, plan, incoming, report, keyring)
 
 
 def adopt(setting: Setting, job: Job, session: str, nonce: str, keyring: Keyring) -> Held | None:
@@ -96,7 +124,7 @@ def adopt(setting: Setting, job: Job, session: str, nonce: str, keyring: Keyring
 
 def check(setting: Setting, job: Job, path: Path, plan: SessionPlan, keyring: Keyring) -> Held:
     """Check a bundle from its signature to its prompts. Raises :class:`EvidenceError`."""
-    with open_bundle(path, keyring, expected_nonce=plan.nonce) as bundle:
+    with setting.folder.lock, open_bundle(path, keyring, expected_nonce=plan.nonce) as bundle:
         bundle.verify_all()
         require_as_asked(bundle, plan)
         _require_prompts(setting, bundle, plan)
@@ -112,13 +140,13 @@ def _run_here(setting: Setting, job: Job, plan: SessionPlan, incoming: Path, rep
 
     host = setting.host(job.prover.device, job.variant)
     key = setting.folder.private_key()
-    run_session(plan, host, key, incoming, progress, setting.cancelled, setting.start)
+    run_session(plan, host, key, incoming, progress, setting.stop, setting.start)
 
 
 def _run_there(
     setting: Setting, prover: ProverSpec, plan: SessionPlan, incoming: Path, report: Report, keyring: Keyring
 ) -> None:
-    with ProverClient(prover.endpoint, setting.access) as client:
+    with ProverClient(prover.endpoint, setting.access) as client, setting.stop.closing(client.close):
         require_known_signer(client.describe(), keyring, prover.endpoint)
         client.run_session(plan, incoming, report=report)
 

@@ -1,0 +1,129 @@
+"""The scripts of bench/ on suites: what they count, and that runs which differ are told from runs that do not."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bench_modules import bench_module
+from suite_world import make, run
+
+from fpforensics.verifier.suite.folder import Folder
+from fpforensics.verifier.suite.journal import Entry, Journal, read_journal
+
+bench, same, kills = bench_module("suite"), bench_module("suite_same"), bench_module("suite_kills")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """Two runs of one suite, each with its own times, keys and challenges."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("one", "other"):
+        run(make(folder / name, tiny))
+    return folder
+
+
+def test_runs_of_one_suite_are_the_same(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(same.differences(two / "one", two / "other")) == []
+    assert kills.report(two / "one", two / "other") == 0
+    said = capsys.readouterr().out
+    assert "3 bundles of them tensor by tensor, 3 replays; not local.key, local.key.pub" in said
+    assert "may differ in bundles/*.msgpack: created_at, nonce, session_id" in said
+
+
+def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return act
+
+
+def another_distance(folder: Path) -> None:
+    path = folder / "replays" / "attn=eager.json"
+    content = json.loads(path.read_text())
+    measured = content["claimed"]["local.baseline"]["distances"]["ref_0"]
+    measured[-1]["value"] = math.nextafter(measured[-1]["value"], math.inf)
+    path.write_text(json.dumps(content))
+
+
+def another_bundle(folder: Path) -> None:
+    bundles = folder / "bundles"
+    shutil.copy(bundles / "local.attn=eager.msgpack", bundles / "local.baseline.msgpack")
+
+
+def done_twice(folder: Path) -> None:
+    with Journal(folder / "journal.jsonl") as journal:
+        journal.add(Entry(event="finished", job="local.baseline"))
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (
+            edit("summary.json", '"baseline_l2": null', '"baseline_l2": 0.5'),
+            "summary.json: 0/baseline_l2: null and 0.5",
+        ),
+        (edit("attention_experiment.json", "local_attn=eager", "local_attn=other"), "attention_experiment.json: "),
+        (edit("suite.json", '"repetitions": 2', '"repetitions": 3'), "suite.json: suite/repetitions: 2 and 3"),
+        (edit("report.html", "Summary", "Summery"), "report.html: the pages differ beyond their times"),
+        (another_distance, "replays/attn=eager.json: claimed/local.baseline/distances/ref_0/"),
+        (another_bundle, "bundles/local.baseline.msgpack: prefill hidden_states/1 of ref_0 differs"),
+        (lambda folder: (folder / "replays" / "baseline.json").unlink(), "replays/baseline.json: only in"),
+        (done_twice, "journal.jsonl: local.baseline finished 2 times"),
+    ],
+)
+def test_what_differs_is_found(two: Path, tmp_path: Path, act: Callable[[Path], None], said: str) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(two / "other", changed)
+    assert list(same.differences(two / "one", changed)) == []
+    act(changed)
+    assert any(line.startswith(said) for line in same.differences(two / "one", changed))
+
+
+def test_moments() -> None:
+    waits = kills.moments(100.0, 5, seed=7)
+    assert waits == kills.moments(100.0, 5, seed=7)
+    assert waits != kills.moments(100.0, 5, seed=8)
+    assert len(waits) == 5
+    assert all(each >= 0 for each in waits)
+    assert sum(waits) <= 95.0
+
+
+def test_a_process_group_is_killed(tmp_path: Path) -> None:
+    """The child of what is killed holds a lock until it ends, too."""
+    lock = tmp_path / "lock"
+    child = f"import fcntl, time; fcntl.flock(open({str(lock)!r}, 'w'), fcntl.LOCK_EX); time.sleep(600)"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert not kills.ended_within([sys.executable, "-c", script], 3.0)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    assert kills.ended_within([sys.executable, "-c", "pass"], 60.0)
+    with pytest.raises(SystemExit, match="ended by itself with 3"):
+        kills.ended_within([sys.executable, "-c", "raise SystemExit(3)"], 60.0)
+
+
+def test_parts(two: Path) -> None:
+    folder = Folder(two / "one")
+    suite, entries = folder.load().suite, read_journal(folder.journal)
+    sessions, replays = bench.parts(suite, entries)
+    # Two configs once and one with a reload; each of the three once to replay.
+    assert (sessions.finished, sessions.loads, sessions.least, sessions.refused) == (3, 4, 4, 0)
+    assert (replays.finished, replays.loads, replays.least, replays.refused) == (3, 3, 3, 0)
+    assert 0 < sessions.load_seconds < sessions.seconds
+    assert 0 < replays.load_seconds < replays.seconds
+    whole = sessions.seconds + replays.seconds
+    assert bench.overhead(whole * 1.25, sessions, replays) == pytest.approx(0.25)
+    more = [*entries, Entry(event="failed", job="local.ep=2", loads=1, load_seconds=5.0)]
+    refusing, _ = bench.parts(suite, more)
+    assert (refusing.refused, refusing.loads) == (1, 4)
+    assert refusing.seconds == pytest.approx(sessions.seconds + 5.0)
+    wasteful = [*entries, Entry(event="finished", job="local.baseline", loads=2)]
+    assert bench.parts(suite, wasteful)[0].loads == 5

@@ -1,0 +1,140 @@
+"""Whether a suite is ready to run: the plan's checklist, one finding after the other.
+
+Nothing is skipped silently: what a prover or a replay could not run is named with its reason, as the run itself would say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+
+from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.engines.preflight import require_possible, require_runnable
+from fpforensics.common.errors import Error, EvidenceError
+from fpforensics.common.keys import Keyring
+from fpforensics.common.models import resolve_model
+from fpforensics.prover.session import check_fit, make_references
+from fpforensics.verifier.check import run_as
+from fpforensics.verifier.suite.finding import PROMPTS, SKIPPED, Finding, failed, not_applicable, passed
+from fpforensics.verifier.suite.folder import Folder, Settings
+from fpforensics.verifier.suite.machines import Probe, check_interpreters, check_ranks, probe
+from fpforensics.verifier.suite.model import LOCAL
+from fpforensics.verifier.suite.plan import Job, plan_jobs, plan_replays, session_plan
+from fpforensics.verifier.suite.sessions import Report, Setting
+from fpforensics.verifier.suite.space import Find, check_models, check_outputs
+from fpforensics.verifier.suite.trial import Trial, tiny
+
+
+def check_suite(
+    setting: Setting,
+    trusted: Keyring,
+    report: Report = lambda _stage, _done, _total: None,
+    *,
+    ask: Probe = probe,
+) -> Iterator[Finding]:
+    """Check what a run of ``setting`` needs; its folder need not exist, and nothing is left in it.
+
+    ``trusted`` are the remote provers' keys. Where a model is neither here nor has room to be fetched, no session of it
+    is tried here.
+    """
+    suite = setting.suite
+    jobs = list(plan_jobs(suite))
+    find = _finder(setting.models)
+    yield from check_interpreters(setting, jobs, ask)
+    yield from check_ranks(setting, jobs, ask)
+    skipped = list(skips(setting, jobs, find))
+    models = list(check_models(setting, _loaded_here(setting, jobs, {each.where for each in skipped}), find))
+    yield from models
+    with TemporaryDirectory(prefix="fpforensics-") as place:
+        folder, small = Folder(Path(place) / "trial"), tiny(suite)
+        folder.create(Settings(suite=small, models=setting.models), trusted)
+        trial = Trial(replace(setting, folder=folder, suite=small))
+        own = {each.where for each in models if each.status == "failed"}
+        yield from trial.run(report, without=own)
+        yield from _prompts(setting, jobs, find)
+        yield check_outputs(suite, trial, setting.folder.path)
+    yield from skipped
+
+
+def _finder(models: dict[str, str]) -> Find:
+    @cache
+    def named(model: str, revision: str) -> Path | Error:
+        try:
+            return resolve_model(model, revision, models, allow_download=False).path
+        except Error as error:
+            return error
+
+    return lambda config: named(config.model, config.revision)
+
+
+def _loaded_here(setting: Setting, jobs: list[Job], skipped: set[str]) -> Iterator[ExecutionConfig]:
+    yield from (job.variant.config for job in jobs if job.prover.endpoint == LOCAL and job.id not in skipped)
+    if setting.suite.replay.enabled:
+        planned = plan_replays(setting.suite)
+        yield from (each.variant.config for each in planned if _replay_of(each.name) not in skipped)
+
+
+def _replay_of(name: str) -> str:
+    return f"replay of {name}"
+
+
+def _prompts(setting: Setting, jobs: list[Job], find: Find) -> Iterator[Finding]:
+    """The suite's own prompts, made and counted, for each model whose tokenizer is here."""
+    size = setting.suite.references.prompt_tokens
+    for model, job in {job.variant.config.model: job for job in jobs}.items():
+        folder = find(job.variant.config)
+        if not isinstance(folder, Path):
+            yield not_applicable(PROMPTS, model, "its tokenizer is not on this machine: the prover makes the prompts")
+            continue
+        try:
+            plan = session_plan(setting.suite, job.variant, "")
+            lengths = [len(reference.prompt_ids) for reference in make_references(plan, folder)]
+            # What surrounds the text is the same around any text: here around a single token of it.
+            (short,) = make_references(msgspec.structs.replace(plan, references=1, prompt_tokens=1), folder)
+            frame = len(short.prompt_ids) - 1
+            if wrong := [length - frame for length in lengths if length - frame != size]:
+                raise EvidenceError(
+                    f"a prompt has {wrong[0]} tokens of source text, the suite says {size}", "report it"
+                )
+        except Error as error:
+            yield failed(PROMPTS, model, error)
+            continue
+        yield passed(PROMPTS, model, f"{len(lengths)} of exactly {size} tokens of source text, {frame} around each")
+
+
+def skips(setting: Setting, jobs: list[Job], find: Find) -> Iterator[Finding]:
+    """What the run would skip, and why, as far as it can be known without loading anything."""
+    for experiment in setting.suite.experiments:
+        if experiment.skip:
+            yield not_applicable(SKIPPED, experiment.name, experiment.skip)
+    for job in jobs:
+        if reason := _unfit(setting, job, find):
+            yield not_applicable(SKIPPED, job.id, reason)
+    for each in plan_replays(setting.suite) if setting.suite.replay.enabled else ():
+        settings = setting.suite.replay
+        try:
+            require_runnable([run_as(each.variant.config, settings.using)], setting.host(settings.device, each.variant))
+        except Error as error:
+            yield not_applicable(SKIPPED, _replay_of(each.name), error.diagnostics())
+
+
+def _unfit(setting: Setting, job: Job, find: Find) -> str:
+    """Why a session would be skipped; empty where nothing is known against it."""
+    if job.skip:
+        return job.skip
+    config = job.variant.config
+    try:
+        if job.prover.endpoint != LOCAL:
+            require_possible(config)
+            return ""
+        require_runnable([config], setting.host(job.prover.device, job.variant))
+        if isinstance(folder := find(config), Path):
+            check_fit(session_plan(setting.suite, job.variant, ""), folder)
+    except Error as error:
+        return error.diagnostics()
+    return ""
