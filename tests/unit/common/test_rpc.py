@@ -143,6 +143,7 @@ def test_statuses_tell_apart_what_a_caller_must_do_differently() -> None:
         "UnknownModelError": codes.FAILED_PRECONDITION,
         "ReplayError": codes.ABORTED,
         "NondeterminismError": codes.ABORTED,
+        "OverlapError": codes.ABORTED,
         "CancelledError": codes.CANCELLED,
         "DeadlineError": codes.DEADLINE_EXCEEDED,
         "UnavailableError": codes.UNAVAILABLE,

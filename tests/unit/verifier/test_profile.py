@@ -37,6 +37,7 @@ def scope(spec: str = "", prover: Platform = H100, verifier: Platform = X86, wei
         (scope(weights="sha256:x"), ["these weights of smollm2-135m"]),
         (scope("batch=8,emulate_tp=8"), ["batch=8", "emulate_tp=8"]),
         (scope("matmul=fp32-rounded"), ["matmul=fp32-rounded"]),
+        (scope("concurrent=true"), ["concurrent=true"]),
     ],
 )
 def test_the_built_in_profile_says_what_it_did_not_measure(found: Scope, strays: list[str]) -> None:
