@@ -28,6 +28,7 @@ from fpforensics.verifier.suite.model import LOCAL, Suite
 from fpforensics.verifier.suite.plan import plan_jobs, plan_replays, replay_id
 
 PROGRAM = "from fpforensics.verifier.cli import main; main()"
+STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def command(suite: str, folder: Path, model_paths: Iterable[str]) -> list[str]:
 def timed_run(words: list[str]) -> float:
     """Run it to its end; seconds. Its own words go to stderr."""
     started = time.perf_counter()
-    done = subprocess.run(words, check=False, stdout=sys.stderr, env=os.environ)
+    done = subprocess.run(words, check=False, stdout=STDERR, env=os.environ)
     if done.returncode:
         sys.exit(f"the suite ended with {done.returncode}")
     return time.perf_counter() - started

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from suite import PROGRAM, command, timed_run
+from suite import PROGRAM, STDERR, command, timed_run
 from suite_same import KEYS, MAY_DIFFER, differences, files_of
 
 from fpforensics.verifier.suite.folder import Folder
@@ -77,7 +77,7 @@ def ended_within(words: list[str], seconds: float) -> bool:
 
     Its workers are in groups of their own and end with the connection that they inherited. It must not fail by itself.
     """
-    process = subprocess.Popen(words, stdout=sys.stderr, env=os.environ, start_new_session=True)
+    process = subprocess.Popen(words, stdout=STDERR, env=os.environ, start_new_session=True)
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:

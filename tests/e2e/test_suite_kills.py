@@ -10,6 +10,7 @@ from small_suite import write_suite
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench, kills = bench_module("suite"), bench_module("suite_kills")
     toml, model = write_suite(tmp_path)

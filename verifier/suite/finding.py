@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from fpforensics.common.errors import Error
+from fpforensics.common.errors import Error, shorten
 
 Status = Literal["passed", "failed", "not_applicable"]
 MARKS: dict[Status, str] = {"passed": "✓", "failed": "✗", "not_applicable": "–"}
@@ -22,6 +22,7 @@ DOCUMENT = "experiment JSON"
 PROMPTS = "prompts exact"
 OUTPUTS_SPACE = "space for outputs"
 SKIPPED = "would be skipped"
+_MAX_LINE = 1000
 _WIDTH = max(map(len, (INTERPRETERS, RANKS, MODELS_SPACE, LOADS, SIGNALS, REPEATS, DOCUMENT, OUTPUTS_SPACE, SKIPPED)))
 
 
@@ -56,7 +57,8 @@ def is_ready(findings: Sequence[Finding]) -> bool:
 
 
 def render_finding(finding: Finding) -> str:
-    """One line for people."""
+    """One line for people; what came from another machine cannot steer a terminal."""
     hint = f" ({finding.way_out})" if finding.way_out else ""
     where = f"{finding.where}: " if finding.where else ""
-    return f"{MARKS[finding.status]} {finding.check:<{_WIDTH}}  {where}{finding.said}{hint}".replace("\n", " ")
+    line = f"{MARKS[finding.status]} {finding.check:<{_WIDTH}}  {where}{finding.said}{hint}"
+    return shorten(line.replace("\n", " "), _MAX_LINE)

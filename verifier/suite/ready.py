@@ -56,7 +56,7 @@ def check_suite(
         trial = Trial(replace(setting, folder=folder, suite=small))
         own = {each.where for each in models if each.status == "failed"}
         yield from trial.run(report, without=own)
-        yield from _prompts(setting, jobs, find)
+        yield from _prompts(setting, jobs, _finder(setting.models))  # a model that was fetched is here now
         yield check_outputs(suite, trial, setting.folder.path)
     yield from skipped
 

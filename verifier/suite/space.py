@@ -51,7 +51,7 @@ def check_models(setting: Setting, configs: Iterable[ExecutionConfig], find: Fin
 
 def check_outputs(suite: Suite, trial: Trial, output: Path) -> Finding:
     """Whether ``output`` has room for bundles, files and replays, by the size of what the tiny session left."""
-    if trial.evidence is None or not trial.document_bytes:
+    if not trial.document_bytes:
         return not_applicable(OUTPUTS_SPACE, str(output), "the tiny session, from which it is reckoned, did not run")
     place = _existing(output)
     if not os.access(place, os.W_OK):

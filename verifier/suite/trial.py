@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import msgspec
 
 from fpforensics.common.errors import Error, EvidenceError, NondeterminismError, ReplayError, SignatureError
-from fpforensics.common.evidence import Evidence
 from fpforensics.common.lab.reader import open_experiment
 from fpforensics.common.lab.schema import first_problem
 from fpforensics.prover.session import SessionPlan
@@ -58,11 +57,10 @@ def tiny(suite: Suite) -> Suite:
 class Trial:
     """Tiny sessions in a folder of their own. ``setting`` holds the suite as :func:`tiny` made it.
 
-    ``evidence`` is a manifest that came back, with the bytes of its bundle and of its experiment's JSON.
+    ``bundle_bytes`` and ``document_bytes`` are the sizes of a bundle that came back and of its part of the JSON; 0 for none.
     """
 
     setting: Setting
-    evidence: Evidence | None = None
     bundle_bytes: int = 0
     document_bytes: int = 0
 
@@ -94,7 +92,7 @@ class Trial:
             yield passed(LOADS, where, f"{row.facts.model.name} on {row.facts.gpu or row.facts.device}; {versions}")
             yield _signals(bundle, plan, where)
             yield _repeats(bundle, where)
-            self.evidence, self.bundle_bytes = bundle.evidence, bundle.size
+            self.bundle_bytes = bundle.size
             wall = row.repetitions.wall_seconds
         setting.folder.accept(path, job.id)
         ended[job.id] = Entry(event="finished", job=job.id, wall_seconds=wall)

@@ -322,7 +322,7 @@ def test_remote_prover(tiny: Path, tmp_path: Path) -> None:
 
 def test_command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     findings = found(setting(tmp_path, tiny))
-    broken = msgspec.structs.replace(findings[0], status="failed", said="no\nsuch", way_out="make one")
+    broken = msgspec.structs.replace(findings[0], status="failed", said="no\nsuch\x1b[31m", way_out="make one")
     toml = tmp_path / "tiny.toml"
     toml.write_text(TOML.replace("DOCUMENT", str(tmp_path / "document.txt")))
     for given, code in ((findings, 0), ([broken, *findings], 5)):
@@ -334,4 +334,4 @@ def test_command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert said["ready"] == (code == 0)
         assert msgspec.convert(said["findings"], list[Finding]) == given
     assert render_finding(broken).startswith("✗ other interpreters")
-    assert render_finding(broken).endswith("no such (make one)")
+    assert render_finding(broken).endswith("no such\N{REPLACEMENT CHARACTER}[31m (make one)")
