@@ -20,6 +20,8 @@ from fpforensics.verifier.intake import VerifiedBundle, open_bundle
 from fpforensics.verifier.suite.folder import Folder
 from fpforensics.verifier.suite.journal import ENDED, read_journal
 
+_MEASURED = ("products", "seconds", "overlap", "busy", "outside_seconds")
+"""Of concurrent work: it is beside a generation, and as long as that."""
 MAY_DIFFER = {
     # file: paths in it, with * for any one key or index
     "*_experiment.json": (
@@ -36,6 +38,11 @@ MAY_DIFFER = {
         "*/timing/*/slowdown",
         "*/timing/*/interval",
         "*/timing/*/interval/*",
+        "*/forensics/*/time",
+        "*/forensics/*/slowdown",
+        "*/forensics/*/interval",
+        "*/forensics/*/interval/*",
+        *(f"*/forensics/*/work/*/{each}" for each in _MEASURED),
     ),
     "replays/*.json": ("seconds", "claimed/*/digest"),
     # created_at, nonce and session_id name the session; the rest are times
@@ -46,6 +53,7 @@ MAY_DIFFER = {
         "rows/*/repetitions/wall_seconds/*",
         "rows/*/repetitions/wall_mean",
         "rows/*/repetitions/wall_variance",
+        *(f"rows/*/facts/concurrent_work/*/{each}" for each in _MEASURED),
     ),
 }
 MAY_DIFFER["reference_baseline.json"] = MAY_DIFFER["*_experiment.json"]
@@ -54,7 +62,7 @@ KEYS = ("local.key", "local.key.pub")
 JOURNAL = "journal.jsonl"
 """Compared by how each job ended."""
 PAGE = "report.html"
-"""Its times are in a table of their own, which is left out."""
+"""Its times are in tables of their own, which are left out."""
 
 
 def files_of(folder: Path) -> list[str]:
@@ -141,7 +149,7 @@ def _often(journal: Path) -> Iterator[tuple[str, int]]:
 
 def without_times(page: str) -> str:
     """The page without its tables of times."""
-    return re.sub(r"<h3>Timing</h3>.*?</table>", "", page, flags=re.DOTALL)
+    return re.sub(r"<h3>(Timing|Numbers and time[^<]*)</h3>.*?</table>", "", page, flags=re.DOTALL)
 
 
 def _matches(path: str, pattern: str) -> bool:

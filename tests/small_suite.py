@@ -29,20 +29,24 @@ name = "attention"
 variable = "attn"
 values = ["attn=eager"]
 [[experiment]]
-name = "concurrent_streams"
-variable = "concurrent"
-values = ["concurrent=true"]
-[[experiment]]
 name = "expert_parallel"
 variable = "ep"
 values = ["ep=2"]
 """
 
 
-def write_suite(folder: Path) -> tuple[Path, Path]:
-    """A suite's file, and the tiny model that it is about."""
+CONCURRENT = """
+[[experiment]]
+name = "concurrent_streams"
+variable = "concurrent"
+values = ["concurrent=true"]
+"""
+
+
+def write_suite(folder: Path, more: str = "") -> tuple[Path, Path]:
+    """A suite's file, ending with ``more``, and the tiny model that it is about."""
     make_tiny_model(folder / "model", "llama")
     document = folder / "text.txt"
     document.write_text(" ".join(f"Sentence number {number} has its own words." for number in range(30)))
-    (folder / "small.toml").write_text(SUITE.format(document=document))
+    (folder / "small.toml").write_text(SUITE.format(document=document) + more)
     return folder / "small.toml", folder / "model"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from click.testing import CliRunner
-from small_suite import write_suite
+from small_suite import CONCURRENT, write_suite
 
 from fpforensics.verifier.cli.analyze import analyze
 from fpforensics.verifier.cli.suite import suite
@@ -34,7 +34,7 @@ def analyzed(*arguments: object) -> str:
 
 
 def test_suite(tmp_path: Path) -> None:
-    write_suite(tmp_path)
+    write_suite(tmp_path, CONCURRENT)
     out = tmp_path / "out"
     checked = json.loads(
         verifier(
@@ -62,7 +62,7 @@ def test_suite(tmp_path: Path) -> None:
     table = json.loads(analyzed("--summary", out / "attention_experiment.json"))
     assert [row | {"file": ""} for row in table] == [row | {"file": ""} for row in summary]
     # On the prover's own machine a replay of the same config has the same bits, one of another has not.
-    (attention, concurrent, _) = json.loads((out / "experiments.json").read_text())
+    (attention, _, concurrent) = json.loads((out / "experiments.json").read_text())
     (keys,) = [
         each
         for each in attention["matrices"]["here"]
