@@ -21,7 +21,7 @@ from fpforensics.verifier.suite.folder import Folder
 from fpforensics.verifier.suite.journal import ENDED, read_journal
 
 _MEASURED = ("products", "seconds", "overlap", "busy", "outside_seconds")
-"""Of concurrent work: it is beside a generation, and as long as that."""
+"""Of concurrent work, whose kind, size, type and number of workers are the same in every run."""
 MAY_DIFFER = {
     # file: paths in it, with * for any one key or index
     "*_experiment.json": (
@@ -62,7 +62,7 @@ KEYS = ("local.key", "local.key.pub")
 JOURNAL = "journal.jsonl"
 """Compared by how each job ended."""
 PAGE = "report.html"
-"""Its times are in tables of their own, which are left out."""
+"""Compared without its times."""
 
 
 def files_of(folder: Path) -> list[str]:
@@ -148,8 +148,14 @@ def _often(journal: Path) -> Iterator[tuple[str, int]]:
 
 
 def without_times(page: str) -> str:
-    """The page without its tables of times."""
-    return re.sub(r"<h3>(Timing|Numbers and time[^<]*)</h3>.*?</table>", "", page, flags=re.DOTALL)
+    """The page without its tables of times; of what concurrent work did, each config's verdict on its numbers is left."""
+    page = re.sub(r"<h3>Timing</h3>.*?</table>", "", page, flags=re.DOTALL)
+    return re.sub(r"<h3>Numbers and time [^<]*</h3>.*?</table>", _numbers_only, page, flags=re.DOTALL)
+
+
+def _numbers_only(table: re.Match[str]) -> str:
+    rows = re.findall(r'<tr><th scope="row">.*?</th>\s*<td>.*?</td>', table[0], flags=re.DOTALL)
+    return "\n".join(rows)
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -16,7 +17,15 @@ from safetensors.numpy import save_file
 from tiny_models import write_tokenizer
 
 from fpforensics.common.config import ExecutionConfig, config_id
-from fpforensics.common.engines.base import ConcurrentWork, EngineFacts, Host, ModelFacts, Progress, ReplayMode
+from fpforensics.common.engines.base import (
+    ConcurrentWork,
+    EngineFacts,
+    EngineStarter,
+    Host,
+    ModelFacts,
+    Progress,
+    ReplayMode,
+)
 from fpforensics.common.models import resolve_model, weights_digest
 from fpforensics.common.signals import (
     Array,
@@ -61,15 +70,22 @@ def fake_checkpoint(folder: Path) -> Path:
 class FakeEngine:
     """Behaves like an engine of a model of four blocks; ``drift`` makes each generation differ from the one before.
 
-    Concurrent work is said to have run, and changes numbers only of an engine that is ``disturbed`` by it.
+    Concurrent work is said to have run as ``work`` says, and changes numbers only of an engine that is ``disturbed`` by it.
     """
 
-    def __init__(self, config: ExecutionConfig, host: Host, drift: int = 0, disturbed: bool = False) -> None:
+    def __init__(
+        self,
+        config: ExecutionConfig,
+        host: Host,
+        drift: int = 0,
+        disturbed: bool = False,
+        work: ConcurrentWork = WORK,
+    ) -> None:
         path = resolve_model(config.model, models=host.models).path
         self.config = msgspec.structs.replace(config, weights_digest=weights_digest(path))
         beside = config.concurrent_work and disturbed
         self._label = config_id(msgspec.structs.replace(config, batch_size=1, concurrent_work=beside))
-        self._work: list[ConcurrentWork] = []
+        self._beside, self._work = work, list[ConcurrentWork]()
         self._drift, self._generations = drift, 0
 
     def generate(
@@ -80,7 +96,7 @@ class FakeEngine:
         progress: Progress | None = None,
     ) -> list[Trace]:
         self._generations += 1
-        self._work += [WORK] * self.config.concurrent_work
+        self._work += [self._beside] * self.config.concurrent_work
         traces = []
         for done, reference in enumerate(references, start=1):
             tokens = reference.prompt_ids.tolist()
@@ -178,25 +194,25 @@ class FakeEngine:
         return common + NOISE * _normal(f"{list(tokens)}{kind}{self._label}{drift}", width)
 
 
-@contextmanager
-def disturbed_engine(config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[FakeEngine]:
-    """The same, whose numbers concurrent work changes."""
-    yield FakeEngine(config, host, disturbed=True)
+def starter(make: Callable[[ExecutionConfig, Host], FakeEngine]) -> EngineStarter:
+    """Starts the engines that ``make`` gives."""
+
+    @contextmanager
+    def start(config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[FakeEngine]:
+        yield make(config, host)
+
+    return start
 
 
-@contextmanager
-def fake_engine(config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[FakeEngine]:
-    """An engine starter without a model."""
-    yield FakeEngine(config, host)
-
-
+fake_engine = starter(FakeEngine)
+"""An engine starter without a model."""
+disturbed_engine = starter(partial(FakeEngine, disturbed=True))
+"""The same, whose numbers concurrent work changes."""
 _STARTED = itertools.count(1)
-
-
-@contextmanager
-def drifting_engine(config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[FakeEngine]:
-    """The same, of which eager attention differs from one repetition to the next, and from one start to the next."""
-    yield FakeEngine(config, host, drift=1000 * next(_STARTED) if config.attention == "eager" else 0)
+drifting_engine = starter(
+    lambda config, host: FakeEngine(config, host, 1000 * next(_STARTED) if config.attention == "eager" else 0)
+)
+"""The same, of which eager attention differs from one repetition to the next, and from one start to the next."""
 
 
 def _normal(label: str, width: int) -> Array:

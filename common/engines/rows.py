@@ -42,11 +42,11 @@ def require_finite(trace: PhaseTrace, reference_id: str, phase: Phase) -> None:
 
 def _finite(rows: Array) -> Array:
     """Elementwise; of bfloat16 by its exponent's bits, since numpy knows no such numbers and takes them one by one."""
-    if rows.dtype != ml_dtypes.bfloat16:
-        finite: Array = np.isfinite(rows)
-        return finite
     exponent = np.uint16(0x7F80)
-    return (rows.view(np.uint16) & exponent) != exponent
+    finite: Array = (
+        (rows.view(np.uint16) & exponent) != exponent if rows.dtype == ml_dtypes.bfloat16 else np.isfinite(rows)
+    )
+    return finite
 
 
 def _depth(name: str) -> tuple[int, str]:

@@ -189,7 +189,8 @@ class _Deal:
     def __init__(self, tasks: Sequence[Task], entries: Sequence[tuple[str, int]], device: torch.device) -> None:
         number = {task.key: index for index, task in enumerate(tasks)}
         owner = np.array([number[key] for key, _ in entries], np.int64)
-        order = np.lexsort(([slot for _, slot in entries], owner)) if entries else owner
+        slots = np.array([slot for _, slot in entries], np.int64)
+        order = np.lexsort((slots, owner)) if entries else owner
         edges = np.searchsorted(owner[order], np.arange(len(tasks) + 1))
         self._shares = {
             task.key: slice(edges[i], edges[i + 1]) for i, task in enumerate(tasks) if edges[i + 1] > edges[i]

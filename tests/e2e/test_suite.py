@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,18 +43,24 @@ def test_suite(tmp_path: Path) -> None:
         )
     )
     assert checked["ready"]
-    states = {(each["check"], each["status"]) for each in checked["findings"]}
-    assert {("model loads", "passed"), ("signals and shapes", "passed"), ("repetitions bit-exact", "passed")} <= states
+    checks = {(each["check"], each["status"]) for each in checked["findings"]}
+    assert {("model loads", "passed"), ("signals and shapes", "passed"), ("repetitions bit-exact", "passed")} <= checks
     assert {
         ("experiment JSON", "passed"),
         ("prompts exact", "passed"),
         ("would be skipped", "not_applicable"),
-    } <= states
+    } <= checks
     said = verifier(
         "suite", "run", tmp_path / "small.toml", "-o", out, "--model-path", f"tiny={tmp_path / 'model'}", "-q"
     )
-    assert "3 of 3 configs" in said
+    states = dict(re.findall(r"^(\w+) +(\d of \d configs)$", said, flags=re.MULTILINE))
+    assert states == {
+        "attention": "2 of 2 configs",
+        "expert_parallel": "1 of 2 configs",
+        "concurrent_streams": "2 of 2 configs",
+    }
     assert "skipped: here.ep=2" in said
+    assert "3 signed bundles" in said
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     # The suite's own numbers are those that analyze gives for its file.
     again = json.loads(analyzed(out / "attention_experiment.json"))

@@ -8,24 +8,36 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from bench_modules import bench_module
-from suite_world import make, run
+from fake_engine import WORK, FakeEngine, starter
+from page_parser import Page
+from suite_world import Starts, make, run
 
 from fpforensics.verifier.suite.folder import Folder
 from fpforensics.verifier.suite.journal import Entry, Journal, read_journal
 
 bench, same, kills = bench_module("suite"), bench_module("suite_same"), bench_module("suite_kills")
 
+OTHER_TIMES = {"products": 4, "seconds": 0.625, "overlap": 0.5, "busy": 0.25, "outside_seconds": 1e-6}
+
+
+def beside(**changes: Any) -> Starts:
+    """Starts engines that say that this ran beside each generation, unlike what others say."""
+    return Starts(engine=starter(partial(FakeEngine, work=msgspec.structs.replace(WORK, **changes))))
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """Two runs of one suite, each with its own times, keys and challenges."""
+    """Two runs of one suite, each with its own times, keys and challenges, and other times of its concurrent work."""
     folder = tmp_path_factory.mktemp("two")
-    for name in ("one", "other"):
-        run(make(folder / name, tiny))
+    run(make(folder / "one", tiny))
+    run(make(folder / "other", tiny, start=beside(**OTHER_TIMES)))
     return folder
 
 
@@ -33,8 +45,30 @@ def test_runs_of_one_suite_are_the_same(two: Path, capsys: pytest.CaptureFixture
     assert list(same.differences(two / "one", two / "other")) == []
     assert kills.report(two / "one", two / "other") == 0
     said = capsys.readouterr().out
-    assert "3 bundles of them tensor by tensor, 3 replays; not local.key, local.key.pub" in said
+    assert "4 bundles of them tensor by tensor, 4 replays; not local.key, local.key.pub" in said
     assert "may differ in bundles/*.msgpack: created_at, nonce, session_id" in said
+
+
+def test_other_times_of_concurrent_work_are_no_difference(two: Path) -> None:
+    """The two runs do differ in them, wherever they stand."""
+    one, other = (json.loads((two / name / "experiments.json").read_text()) for name in ("one", "other"))
+    found = {line.split(":")[0].rpartition("/")[2] for line in same.unequal(one, other, ())}
+    assert found >= set(OTHER_TIMES)
+    assert "50 %, 50 %" in Page((two / "other" / "report.html").read_text()).text
+    assert "50 %, 50 %" not in Page((two / "one" / "report.html").read_text()).text
+
+
+def test_other_concurrent_work_is_a_difference(two: Path, tiny: Path) -> None:
+    run(make(two / "larger", tiny, start=beside(size=16)))
+    found = list(same.differences(two / "one", two / "larger"))
+    assert found == [
+        f"{file}/{repetition}/size: 8 and 16"
+        for file in (
+            "bundles/local.concurrent=true.msgpack: rows/0/facts/concurrent_work",
+            "experiments.json: 3/forensics/0/work",
+        )
+        for repetition in range(2)
+    ]
 
 
 def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
@@ -74,6 +108,11 @@ def done_twice(folder: Path) -> None:
         (edit("attention_experiment.json", "local_attn=eager", "local_attn=other"), "attention_experiment.json: "),
         (edit("suite.json", '"repetitions": 2', '"repetitions": 3'), "suite.json: suite/repetitions: 2 and 3"),
         (edit("report.html", "Summary", "Summery"), "report.html: the pages differ beyond their times"),
+        (
+            edit("experiments.json", '"numbers": "UNTOUCHED"', '"numbers": "CHANGED"'),
+            'experiments.json: 3/forensics/0/numbers: "UNTOUCHED" and "CHANGED"',
+        ),
+        (edit("report.html", "UNTOUCHED: bit", "CHANGED: bit"), "report.html: the pages differ beyond their times"),
         (another_distance, "replays/attn=eager.json: claimed/local.baseline/distances/ref_0/"),
         (another_bundle, "bundles/local.baseline.msgpack: prefill hidden_states/1 of ref_0 differs"),
         (lambda folder: (folder / "replays" / "baseline.json").unlink(), "replays/baseline.json: only in"),
@@ -114,16 +153,16 @@ def test_parts(two: Path) -> None:
     folder = Folder(two / "one")
     suite, entries = folder.load().suite, read_journal(folder.journal)
     sessions, replays = bench.parts(suite, entries)
-    # Two configs once and one with a reload; each of the three once to replay.
-    assert (sessions.finished, sessions.loads, sessions.least, sessions.refused) == (3, 4, 4, 0)
-    assert (replays.finished, replays.loads, replays.least, replays.refused) == (3, 3, 3, 0)
+    # Three configs once and one with a reload; each of the four once to replay.
+    assert (sessions.finished, sessions.loads, sessions.least, sessions.refused) == (4, 5, 5, 0)
+    assert (replays.finished, replays.loads, replays.least, replays.refused) == (4, 4, 4, 0)
     assert 0 < sessions.load_seconds < sessions.seconds
     assert 0 < replays.load_seconds < replays.seconds
     whole = sessions.seconds + replays.seconds
     assert bench.overhead(whole * 1.25, sessions, replays) == pytest.approx(0.25)
     more = [*entries, Entry(event="failed", job="local.ep=2", loads=1, load_seconds=5.0)]
     refusing, _ = bench.parts(suite, more)
-    assert (refusing.refused, refusing.loads) == (1, 4)
+    assert (refusing.refused, refusing.loads) == (1, 5)
     assert refusing.seconds == pytest.approx(sessions.seconds + 5.0)
     wasteful = [*entries, Entry(event="finished", job="local.baseline", loads=2)]
-    assert bench.parts(suite, wasteful)[0].loads == 5
+    assert bench.parts(suite, wasteful)[0].loads == 6

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fake_engine import FakeEngine, drifting_engine, fake_engine
+from fake_engine import FakeEngine, drifting_engine, fake_engine, starter
 from suite_world import TEXT, TOML, Starts
 
 from fpforensics.common.access import Listen
@@ -145,7 +144,7 @@ def no_distribution(phase: dict[str, Any]) -> None:
 )
 def test_signals_are_not_as_planned(tiny: Path, tmp_path: Path, change: Any, said: str) -> None:
     kind = type("Wrong", (Changed,), {"change": staticmethod(change)})
-    findings = found(setting(tmp_path, tiny, start=lambda config, host, _: nullcontext(kind(config, host))))
+    findings = found(setting(tmp_path, tiny, start=starter(kind)))
     assert failing(findings) == [SIGNALS]
     assert said in only(findings, SIGNALS).said
 

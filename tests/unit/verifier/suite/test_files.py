@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine, fake_engine
+from fake_engine import FakeEngine, starter
 from page_parser import Page
 from suite_world import TOML, Starts, make, opened, run
 
@@ -84,27 +83,32 @@ def test_names_in_a_suite_are_escaped(tiny: Path, tmp_path: Path) -> None:
     assert "<script" not in (tmp_path / "run" / "report.html").read_text()
 
 
+def with_eager(kind: type[FakeEngine]) -> Starts:
+    """Engines of which those with eager attention are of this kind."""
+    return Starts(
+        engine=starter(lambda config, host: (kind if config.attention == "eager" else FakeEngine)(config, host))
+    )
+
+
+def attention(folder: Path) -> dict[str, Any]:
+    experiments = {each["name"]: each for each in json.loads((folder / "experiments.json").read_text())}
+    found = experiments["attention"]
+    assert isinstance(found, dict)
+    return found
+
+
 def test_what_cannot_be_replayed_is_said(tiny: Path, tmp_path: Path) -> None:
     class NoReplay(FakeEngine):
         def teacher_force(self, *_: Any, **__: Any) -> Any:
             raise ReplayError("no kernel here", "")
 
-    def start(config: Any, host: Any, cancelled: Callable[[], bool]) -> Any:
-        from contextlib import nullcontext
-
-        if config.attention == "eager":
-            return nullcontext(NoReplay(config, host))
-        return fake_engine(config, host, cancelled)
-
     folder = tmp_path / "run"
-    run(make(folder, tiny, start=Starts(engine=start)))
-    experiments = {each["name"]: each for each in json.loads((folder / "experiments.json").read_text())}
-    assert experiments["attention"]["replays_skipped"] == {"attn=eager": "no kernel here"}
+    run(make(folder, tiny, start=with_eager(NoReplay)))
+    assert attention(folder)["replays_skipped"] == {"attn=eager": "no kernel here"}
     assert "Not replayed here, attn=eager: no kernel here" in (folder / "report.html").read_text()
     run(opened(folder), again=True)
-    experiments = {each["name"]: each for each in json.loads((folder / "experiments.json").read_text())}
-    assert experiments["attention"]["replays_skipped"] == {}
-    (matrix, *_) = experiments["attention"]["matrices"]["local"]
+    assert attention(folder)["replays_skipped"] == {}
+    (matrix, *_) = attention(folder)["matrices"]["local"]
     assert matrix["columns"] == ["baseline", "attn=eager"]
 
 
@@ -114,15 +118,8 @@ def test_work_that_failed_is_tried_at_resume(tiny: Path, tmp_path: Path) -> None
             super().generate(references, sampling, capture, progress)
             raise ReplayError("the engine's worker was killed", "")
 
-    def start(config: Any, host: Any, cancelled: Callable[[], bool]) -> Any:
-        from contextlib import nullcontext
-
-        if config.attention == "eager":
-            return nullcontext(Crashing(config, host))
-        return fake_engine(config, host, cancelled)
-
     folder = tmp_path / "run"
-    run(make(folder, tiny, start=Starts(engine=start)))
+    run(make(folder, tiny, start=with_eager(Crashing)))
     ended = {each.job: each.event for each in read_journal(folder / "journal.jsonl")}
     assert ended["local.attn=eager"] == "failed"
     run(opened(folder))

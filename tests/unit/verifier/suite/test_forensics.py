@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import WORK, FakeEngine, disturbed_engine, fake_engine
+from fake_engine import WORK, FakeEngine, disturbed_engine, starter
 from page_parser import Page
 from suite_world import TOML, Starts, make, opened, run
 from synthetic import Size, trace
@@ -103,12 +101,9 @@ def test_work_that_changes_the_numbers_is_caught(tiny: Path, tmp_path: Path) -> 
 
 
 def test_numbers_that_no_longer_repeat_are_changed(tiny: Path, tmp_path: Path) -> None:
-    def start(config: Any, host: Any, cancelled: Callable[[], bool]) -> Any:
-        drift = 1000 if config.concurrent_work else 0
-        return nullcontext(FakeEngine(config, host, drift=drift))
-
+    drifting = starter(lambda config, host: FakeEngine(config, host, drift=1000 if config.concurrent_work else 0))
     toml = TOML.replace('["concurrent=true"]', '["concurrent=true"]\nnondeterministic = true')
-    run(make(tmp_path / "run", tiny, toml, start=Starts(engine=start)))
+    run(make(tmp_path / "run", tiny, toml, start=Starts(engine=drifting)))
     found = forensics(tmp_path / "run")
     assert found["numbers"] == "CHANGED"
     assert found["first_difference"].startswith("its own repetitions differ, ref_0, prefill")
@@ -133,11 +128,9 @@ def test_too_little_beside_it_is_no_result(tiny: Path, tmp_path: Path) -> None:
             super().generate(references, sampling, capture, progress)
             raise OverlapError("concurrent=true: the work beside it overlapped 12.0% of the 0.500 s", "more tokens")
 
-    def start(config: Any, host: Any, cancelled: Callable[[], bool]) -> Any:
-        return nullcontext(Idle(config, host)) if config.concurrent_work else fake_engine(config, host, cancelled)
-
+    idle = starter(lambda config, host: (Idle if config.concurrent_work else FakeEngine)(config, host))
     folder = tmp_path / "run"
-    run(make(folder, tiny, start=Starts(engine=start)))
+    run(make(folder, tiny, start=Starts(engine=idle)))
     ended = {each.job: each for each in read_journal(folder / "journal.jsonl")}
     assert ended["local.concurrent=true"].event == "failed"
     assert "overlapped 12.0%" in ended["local.concurrent=true"].reason
@@ -153,10 +146,7 @@ def test_work_that_nobody_measured_is_no_result(tiny: Path, tmp_path: Path) -> N
             self._work.clear()
             return super().facts()
 
-    def start(config: Any, host: Any, cancelled: Callable[[], bool]) -> Any:
-        return nullcontext(Silent(config, host))
-
-    run(make(tmp_path / "run", tiny, start=Starts(engine=start)))
+    run(make(tmp_path / "run", tiny, start=Starts(engine=starter(Silent))))
     ended = {each.job: each for each in read_journal(tmp_path / "run" / "journal.jsonl")}
     assert ended["local.concurrent=true"].event == "failed"
     assert "the engine measured 0 of 1 repetition" in ended["local.concurrent=true"].reason

@@ -185,20 +185,22 @@ def test_journal_of_many_threads(tmp_path: Path) -> None:
 def test_time_left() -> None:
     suite = parse_suite(TOML, "x")
     jobs = [job.id for job in plan_jobs(suite)]
-    assert jobs == ["local.baseline", "local.attn=eager", "local.emulate_tp=2", "local.ep=2"]
+    refused = "local.ep=2"
+    assert jobs == [*FINISHED[:3], refused, FINISHED[3]]
     assert seconds_left(suite, {}) is None
 
     def done(job: str, seconds: float, *wall: float) -> Entry:
         return Entry(event="finished", job=job, seconds=seconds, wall_seconds=wall)
 
     ended = {jobs[0]: done(jobs[0], 10, 3, 5)}
-    # Three sessions of 10 s; then four replays of 2 s to load, and 4 s for each bundle.
+    # Four sessions of 10 s; then five replays of 2 s to load, and 4 s for each bundle.
     sizes = [len(each.jobs) for each in plan_replays(suite)]
-    assert seconds_left(suite, ended) == 3 * 10 + 4 * 2 + 4 * sum(sizes)
-    ended |= {job: done(job, 10, 3, 5) for job in jobs[1:3]}
-    ended |= {jobs[3]: Entry(event="skipped", job=jobs[3])}
-    fewer = {each.name: len([job for job in each.jobs if job != jobs[3]]) for each in plan_replays(suite)}
-    assert seconds_left(suite, ended) == 4 * 2 + 4 * sum(fewer.values())
+    assert seconds_left(suite, ended) == 4 * 10 + 5 * 2 + 4 * sum(sizes)
+    ended |= {job: done(job, 10, 3, 5) for job in FINISHED[1:]}
+    ended |= {refused: Entry(event="skipped", job=refused)}
+    fewer = {each.name: len([job for job in each.jobs if job != refused]) for each in plan_replays(suite)}
+    assert sum(fewer.values()) < sum(sizes)
+    assert seconds_left(suite, ended) == 5 * 2 + 4 * sum(fewer.values())
     first, *others = fewer
     ended |= {f"replay:{first}": done(f"replay:{first}", 8.0 * (1 + fewer[first]))}
     ended |= {f"replay:{others[0]}": Entry(event="skipped", job=f"replay:{others[0]}")}
@@ -213,13 +215,13 @@ def test_time_left_of_provers_side_by_side() -> None:
         name: Entry(event="finished", job=name, seconds=seconds)
         for name, seconds in (("a.baseline", 10.0), ("b.baseline", 100.0), ("b.attn=eager", 100.0))
     }
-    assert seconds_left(suite, ended) == 200.0  # the slower one's two; the other's three take 30 s
+    assert seconds_left(suite, ended) == 300.0  # the slower one's three; the other's four take 40 s
 
 
 def test_progress_says_what_and_how_long(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
     run_suite(make(tmp_path / "run", tiny), lambda stage, _done, _total: said.append(stage), clock=CLOCK)
-    assert any(each.startswith("attention: local.attn=eager (session 2 of 4, about ") for each in said)
+    assert any(each.startswith("attention: local.attn=eager (session 2 of 5, about ") for each in said)
     replays = [each for each in said if "(replay " in each]
-    assert any(each.startswith("attention: attn=eager (replay 2 of 4, about ") for each in replays)
+    assert any(each.startswith("attention: attn=eager (replay 2 of 5, about ") for each in replays)
     assert all(" left): " in each for each in replays)
