@@ -237,6 +237,8 @@ COMPARED = (
     Compared("FA3 or Triton", "as above", "attention", "FA3", "Triton"),
     Compared("flex or FA3", "as above", "serving", "flex", "FA3"),
     Compared("TP 1 or 2", "TP 1, 2, 4: 0.90, not measured", "tensor-parallel", "FA3", "TP 2", ("fa3", "tp2")),
+    Compared("EP 1 or 2, both TP 2 (tiny MoE)", NOT_THERE, "moe", "MoE, TP 2", "MoE, TP 2, EP 2"),
+    Compared("TP 1 or 2 (tiny MoE)", NOT_THERE, "moe", "MoE, TP 1", "MoE, TP 2"),
     Compared("batch 1 or 2", "0 to 1.32, not measured (last hidden state)", "attention", "FA3", "batch 2"),
     Compared("batch 1 or 4", "as above", "serving", "FA3", "batch 4"),
     Compared("batch 4 or 8", "as above", "serving", "batch 4", "batch 8"),

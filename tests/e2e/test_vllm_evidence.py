@@ -124,6 +124,14 @@ def test_kernels_that_transformers_lacks_stay_open(replays: Replays, name: str, 
     assert len(members) == 2
 
 
+@pytest.mark.parametrize(("name", "verdict", "floors"), [("kv-fp8", "INCONSISTENT", 3.3), ("fa3", "INCONCLUSIVE", 1.1)])
+def test_a_cache_in_fp8_is_seen(replays: Replays, name: str, verdict: str, floors: float) -> None:
+    """Rounded keys and values change what every later block computes. Honest evidence stays open: nothing contradicts the claim."""
+    result = check(name, replays.host, "kv=auto", (BASE,), replays.start)
+    assert result.verdict == verdict, result.rows[0].reasons
+    assert result.rows[0].floors == pytest.approx(floors, abs=0.3)
+
+
 @slow
 @pytest.mark.parametrize("name", ["fa3", "tp2"])
 @pytest.mark.parametrize(("claim", "rival"), [("tp=1", "tp=2"), ("tp=2", "tp=1")])
