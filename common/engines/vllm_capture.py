@@ -11,7 +11,7 @@ B is the requests of one forward, R its wanted rows, D a width, V the vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,16 +45,40 @@ class Recorder:
         self._phases: set[Phase] = set()
         self._failed = self._hint = ""
         self._step: _Step | None = None
+        self._run: _Run | None = None
         self._states: torch.Tensor | None = None
         self._entries: list[tuple[str, int]] = []  # (task, slot) of each kept row, in order
         self._columns: dict[str, list[torch.Tensor]] = {"ids": [], "logprobs": [], "chosen": [], "logits": []}
         self._hidden: dict[int, list[torch.Tensor]] = {}
         self._keys: dict[int, list[torch.Tensor]] = {}
-        self._seen: list[torch.Tensor] = []
+        self._seen: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # chosen log-probabilities, and which of them are measured
+        self._slots = {
+            task.key: dict(zip(task.positions.tolist(), range(len(task.positions)), strict=True)) for task in job.tasks
+        }
 
     def before_forward(self, request_ids: Sequence[str], starts: Array, lengths: Array) -> None:
         """The next forward computes, for each request in order, ``lengths`` positions from ``starts`` on (B,)."""
         self._steps.append((len(request_ids), int(lengths.sum())))
+        step = None if self._run is None else self._run.next(request_ids, starts, lengths)
+        if step is None:
+            self._settle()
+            step = self._placed(request_ids, starts, lengths)
+            if step.is_steady:
+                self._run = _Run(request_ids, starts, step, self._claimed_RK is not None)
+        self._step = step
+        self._taps.arm(step.rows_R, step.span)
+
+    def _settle(self) -> None:
+        """Write down how far the requests of a run came, and end it."""
+        if self._run is not None:
+            for (task, _), start in zip(self._run.step.deciding, self._run.starts.tolist(), strict=True):
+                assert task is not None
+                self._computed[task.key] = start + 1
+            self._run = None
+
+    def _placed(self, request_ids: Sequence[str], starts: Array, lengths: Array) -> _Step:
         step = _Step()
         offset = 0
         for index, (request_id, start, length) in enumerate(zip(request_ids, starts, lengths, strict=True)):
@@ -65,11 +89,10 @@ class Recorder:
                 self._failed = f"{task.reference_id} was interrupted at position {self._computed[task.key]}"
                 self._hint = "the KV cache is too small for the batch: use fewer or shorter references, or more memory"
             self._computed[task.key] = start + length
-            step.place(index, task, start, length, offset, self._job.capture)
+            step.place(index, task, start, length, offset, self._slots[task.key] if self._job.capture else {})
             offset += length
         step.upload(self._claimed_row, self._device)
-        self._step = step
-        self._taps.arm(step.rows_R, step.span)
+        return step
 
     def after_forward(self, states: Any) -> None:
         """``states`` (T, D) after the final norm, where this rank has them."""
@@ -97,7 +120,7 @@ class Recorder:
             tokens_B = torch.where(named_B >= 0, named_B, tokens_B)  # noqa: N806
         if self._job.capture:
             chosen_B = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]  # noqa: N806
-            self._seen.append(torch.isfinite(chosen_B) | ~step.measured_B)
+            self._seen.append((chosen_B, step.measured_B))
             self._record(step, logits_BV, logprobs_BV, chosen_B)
         return tokens_B
 
@@ -105,8 +128,10 @@ class Recorder:
         """Everything on the host."""
         pipeline_rank, tensor_rank = self._ranks
         failed, hint = self._failed, self._hint
-        if self._seen and not failed and not bool(torch.cat(self._seen).all()):
+        if self._seen and not failed and not self._all_finite():
             failed, hint = "the logits are not finite", "the model overflows in this dtype: use dtype=bf16 or fp32"
+        if ids := self._columns["ids"]:
+            self._columns["ids"] = [torch.cat(ids).to(torch.int32)]
         deal = _Deal(self._job.tasks, self._entries, self._device)
         rows = {task.key: Rows(key=task.key) for task in self._job.tasks if len(task.positions)}
         if tensor_rank == 0:
@@ -122,9 +147,14 @@ class Recorder:
             steps=self._steps,
             phases=[phase for phase in PHASES if phase in self._phases],
             rows=list(rows.values()),
+            finite=deal.finite,
             failed=failed,
             hint=hint,
         )
+
+    def _all_finite(self) -> bool:
+        chosen, measured = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        return bool((torch.isfinite(chosen) | ~measured).all())
 
     def _named(self, task: Task | None, number: int, logprobs_V: torch.Tensor) -> int:  # noqa: N803
         """The token that is not simply the most likely one, or -1."""
@@ -151,15 +181,11 @@ class Recorder:
             self._keep(step, low, high, logits_mV, logprobs_mV, chosen)
         self._states = None
         if len(step.wanted) > step.extra:
-            at = step.requests
-            self._keep(
-                step,
-                step.extra,
-                len(step.wanted),
-                logits_BV.index_select(0, at) if self._job.full_logits else logits_BV,
-                logprobs_BV.index_select(0, at),
-                chosen_B.index_select(0, at),
-            )
+            logits, logprobs, chosen = logits_BV, logprobs_BV, chosen_B
+            if not step.of_every_request:
+                logprobs, chosen = (each.index_select(0, step.requests) for each in (logprobs_BV, chosen_B))
+                logits = logits_BV.index_select(0, step.requests) if self._job.full_logits else logits_BV
+            self._keep(step, step.extra, len(step.wanted), logits, logprobs, chosen)
 
     def _keep(
         self,
@@ -175,7 +201,7 @@ class Recorder:
         else:
             ids = self._claimed_RK.index_select(0, step.claims[low:high])
             values = logprobs_mV.gather(-1, ids)
-        for name, column in (("ids", ids.to(torch.int32)), ("logprobs", values), ("chosen", chosen_m)):
+        for name, column in (("ids", ids), ("logprobs", values), ("chosen", chosen_m)):
             self._columns[name].append(column)
         if self._job.full_logits:
             self._columns["logits"].append(logits_mV.clone())
@@ -195,14 +221,22 @@ class _Deal:
         self._shares = {
             task.key: slice(edges[i], edges[i + 1]) for i, task in enumerate(tasks) if edges[i + 1] > edges[i]
         }
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
         sorted_already = bool((order[1:] > order[:-1]).all())
         self._order = None if sorted_already else torch.from_numpy(order).to(device)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number that was given so far is one."""
+        return bool(self._finite)
 
     def __call__(self, parts: list[torch.Tensor], give: Callable[[str, Array], None]) -> None:
         """``give`` each task its share of the rows in ``parts``."""
         if not parts:
             return
         rows = torch.cat(parts)
+        if rows.dtype.is_floating_point:
+            self._finite = self._finite & torch.isfinite(rows).all()
         every = to_numpy(rows if self._order is None else rows.index_select(0, self._order))
         for key, share in self._shares.items():
             give(key, every[share])
@@ -215,22 +249,23 @@ class _Step:
         self.wanted: list[tuple[str, int]] = []
         self.products: list[tuple[int, int]] = []
         self.extra = 0
+        self.of_every_request = False  # the deciding rows are all of the logits, in order
+        self.is_steady = False  # and there are no others: each request computes one position, and it is wanted
         self.span: slice | None = None  # the wanted rows, where they are neighbours in order
         self.deciding: list[tuple[Task | None, int]] = []  # for each request: its task and which token it names now
         self._others: list[tuple[str, int, int, int]] = []  # task, slot, row, next id
         self._last: list[tuple[str, int, int, int]] = []  # task, slot, row, request
 
-    def place(self, index: int, task: Task, start: int, length: int, offset: int, capture: bool) -> None:
-        """One request's share: positions from ``start`` on lie in rows from ``offset`` on."""
+    def place(self, index: int, task: Task, start: int, length: int, offset: int, slots: Mapping[int, int]) -> None:
+        """One request's share: positions from ``start`` on lie in rows from ``offset`` on. ``slots``: wanted position -> slot."""
         end = start + length
         number = end - len(task.fed_ids)
         self.deciding.append((task if number >= 0 else None, number))
-        if not capture:
-            return
-        low, high = np.searchsorted(task.positions, [start, end])
         before = len(self._others)
-        for slot in range(low, high):
-            position = int(task.positions[slot])
+        for position in range(start, end):
+            slot = slots.get(position)
+            if slot is None:
+                continue
             row = offset + position - start
             if number >= 0 and position == end - 1:
                 self._last.append((task.key, slot, row, index))
@@ -247,6 +282,9 @@ class _Step:
         if every and all(row == first + i for i, (_, _, row, _) in enumerate(every)):
             self.span = slice(first, first + len(every))
         self.wanted = [(key, slot) for key, slot, _, _ in every]
+        every_request = list(range(len(self.deciding)))
+        self.of_every_request = [request for *_, request in self._last] == every_request
+        self.is_steady = self.of_every_request and [row for _, _, row, _ in every] == every_request
         measured = [int(task is not None and not task.greedy) for task, _ in self.deciding]
         packed = torch.tensor(
             [row for _, _, row, _ in every]
@@ -262,6 +300,33 @@ class _Step:
         self.next_ids = packed[2 * count : 2 * count + self.extra]
         self.requests = packed[2 * count + self.extra : 3 * count]
         self.measured_B = packed[3 * count :].bool()
+
+
+class _Run:
+    """Steps that differ in nothing but that every request is one position further: each is the last one, moved on."""
+
+    def __init__(self, request_ids: Sequence[str], starts: Array, step: _Step, claimed: bool) -> None:
+        self._request_ids, self._claimed = list(request_ids), claimed
+        self.starts, self.step = starts, step
+        wanted = [task.positions for task, _ in step.deciding if task is not None]
+        neighbours = all(int(each[-1]) - int(each[0]) == len(each) - 1 for each in wanted)
+        self._last = np.array([each[-1] for each in wanted]) if neighbours else np.full(len(wanted), -1)
+
+    def next(self, request_ids: Sequence[str], starts: Array, lengths: Array) -> _Step | None:
+        """The next step, or None where it is another kind."""
+        if list(request_ids) != self._request_ids or not (lengths == 1).all():
+            return None
+        if not np.array_equal(starts, self.starts + 1) or (starts > self._last).any():
+            return None
+        before, step = self.step, _Step()
+        step.wanted = [(key, slot + 1) for key, slot in before.wanted]
+        step.deciding = [(task, number + 1) for task, number in before.deciding]
+        step.of_every_request = step.is_steady = True
+        step.span, step.rows_R, step.requests = before.span, before.rows_R, before.requests
+        step.next_ids, step.measured_B = before.next_ids, before.measured_B
+        step.claims = before.claims + 1 if self._claimed else before.claims
+        self.starts, self.step = starts, step
+        return step
 
 
 def _claims(tasks: Sequence[Task], device: torch.device) -> tuple[torch.Tensor | None, dict[str, int]]:

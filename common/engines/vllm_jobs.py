@@ -59,7 +59,7 @@ class Rows(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one rank says of a job. ``failed`` is empty, or why its rows are no evidence.
 
-    ``steps`` are (requests, tokens) of each forward; ``phases`` says whether fed tokens (prefill) and made ones
+    ``finite``: every number in ``rows`` is one. ``steps`` are (requests, tokens) of each forward; ``phases`` says whether fed tokens (prefill) and made ones
     (decode) were among them.
     """
 
@@ -68,6 +68,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     steps: list[tuple[int, int]]
     phases: list[Phase]
     rows: list[Rows]
+    finite: bool = True
     failed: str = ""
     hint: str = ""
 
