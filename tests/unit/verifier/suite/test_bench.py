@@ -166,3 +166,17 @@ def test_parts(two: Path) -> None:
     assert refusing.seconds == pytest.approx(sessions.seconds + 5.0)
     wasteful = [*entries, Entry(event="finished", job="local.baseline", loads=2)]
     assert bench.parts(suite, wasteful)[0].loads == 6
+
+
+def test_one_table_over_folders(two: Path) -> None:
+    standing = bench_module("suite_table")
+    columns = [
+        list(standing.pairs(json.loads((two / name / "experiments.json").read_text()))) for name in ("one", "other")
+    ]
+    assert columns[0] == columns[1]
+    found = {config: said for _, config, said in columns[0]}
+    assert "DETECTABLE" in found["attn=eager"] and "NOT_DETECTABLE" not in found["attn=eager"]
+    assert found["concurrent=true"] == "equal NOT_DETECTABLE; equal NOT_DETECTABLE"
+    head, rule, *rows = standing.table(["one", "other"], [columns[0], columns[1][:1]])
+    assert {line.count("|") for line in (head, rule, *rows)} == {6}
+    assert [line.split(" | ")[-1] for line in rows][-1] == "— |"
