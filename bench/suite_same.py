@@ -44,7 +44,11 @@ MAY_DIFFER = {
         "*/forensics/*/interval/*",
         *(f"*/forensics/*/work/*/{each}" for each in _MEASURED),
     ),
-    "replays/*.json": ("seconds", "claimed/*/digest"),
+    "replays/*.json": (
+        "seconds",
+        "claimed/*/digest",
+        *(f"facts/concurrent_work/*/{each}" for each in _MEASURED),
+    ),
     # created_at, nonce and session_id name the session; the rest are times
     "bundles/*.msgpack": (
         "created_at",

@@ -105,7 +105,10 @@ def reduce(files: Sequence[Path], output: Path) -> None:
     runs: list[str] = []
     for path in files:
         with np.load(path) as data:
-            runs = [_ran(str(row)) for row in data["rows"]]
+            found = [_ran(str(row)) for row in data["rows"]]
+            if runs and found != runs:
+                raise SystemExit(f"{path}: rows {found}, not {runs}")
+            runs = found
             for index, name in enumerate(map(str, data["members"])):
                 if name in (ANCHOR, *RUNS.values()):
                     members[name] = data["evidence"][:, index], data["noise"][0, index]
@@ -176,12 +179,11 @@ def rejected_by_logprobs(recorded: Recorded, ran: str, claimed: str, count: int)
 
 
 def over_prompts(shares: Any, draws: int = 10_000) -> tuple[float, float]:
-    """A 95 % interval of the mean: prompts are drawn with replacement; where none is rejected, 3 / prompts (the rule of three)."""
-    if not shares.any():
-        return 0.0, 3 / len(shares)
+    """A 95 % interval of the mean: prompts are drawn with replacement; never narrower above than where none is rejected,
+    which is 3.7 / prompts (Clopper and Pearson)."""
     rng = np.random.default_rng(0)
     low, high = np.quantile(shares[rng.integers(0, len(shares), (draws, len(shares)))].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    return float(low), min(1.0, max(float(high), 3.7 / len(shares)))
 
 
 def print_rates(recorded: Recorded) -> None:
@@ -200,9 +202,7 @@ def print_rates(recorded: Recorded) -> None:
             for count in COUNTS:
                 shares = rejected(recorded, ran, claimed, count)
                 low, high = over_prompts(shares)
-                cells.append(
-                    f"{shares.mean():.1%} [{low:.1%}, {high:.1%}]" if ran == claimed else f"{shares.mean():.1%}"
-                )
+                cells.append(f"{shares.mean():.1%} [{low:.1%}, {high:.1%}]")
             cells += [f"{rejected_together(recorded, ran, claimed, together):.1%}" for together in (3, 8)]
             cells.append(f"{rejected_by_logprobs(recorded, ran, claimed, 64):.1%}")
             print(f"| `{ran}` | `{claimed}`{', honest' if ran == claimed else ''} | {' | '.join(cells)} |")

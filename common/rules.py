@@ -28,6 +28,7 @@ _MAX_ID = 64
 _MAX_CONFIG_ID = 256
 _MAX_DEGREE = 4096  # as in config specs
 _MAX_RANK = 4
+_ROUNDING = 1e-6
 _MAX_SIDE = 1 << 20  # of a square matrix
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"(?:[0-9a-f]{2}){0,64}")
@@ -146,7 +147,7 @@ def _check_work(entry: ConcurrentWork, here: str) -> None:
     _bounded(entry.seconds, 0, 1e12, f"{here}, seconds")
     _bounded(entry.outside_seconds, 0, 1e12, f"{here}, outside_seconds")
     _bounded(entry.overlap, MIN_OVERLAP, 1, f"{here}, overlap")
-    _bounded(entry.busy, 0, entry.overlap, f"{here}, busy")
+    _bounded(entry.busy, entry.overlap / entry.workers - _ROUNDING, entry.overlap, f"{here}, busy")
     _name(entry.dtype, f"{here}, dtype", _MAX_ID)
 
 

@@ -76,7 +76,7 @@ def on_transformers(config: ExecutionConfig) -> ExecutionConfig:
     """What transformers runs in place of a config of vLLM: the same weights and dtype, sdpa, ranks as partial sums.
 
     What is left out (which of vLLM's kernels, batch, graphs) is not told apart by such a replay (:mod:`fpforensics.verifier.vouch`). Formats and KV caches that
-    only vLLM multiplies stay as they are, and are refused as anywhere.
+    only vLLM has stay as they are, and vLLM replays them where it can.
     """
     quantization = OTHER_KERNELS.get(config.quantization, config.quantization)
     if (

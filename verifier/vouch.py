@@ -21,6 +21,7 @@ UNSEEN = (
     "pipeline_parallel",
     "max_batched_tokens",
     "batch_invariant",
+    "concurrent_work",
 )
 """Fields that a replay by another engine says nothing about."""
 

@@ -23,7 +23,8 @@ class StreamProducts:
     duty = 0.5
 
     def __init__(self, device: str) -> None:
-        self._device = torch.device(device)
+        found = torch.device(device)
+        self._device = found if found.index is not None else torch.device(found.type, torch.cuda.current_device())
         # One stream for the engine's life: what the allocator keeps for it is used again by the next generation.
         self._stream = torch.cuda.Stream(self._device)
         self._matrices: tuple[torch.Tensor, ...] = ()

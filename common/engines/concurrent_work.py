@@ -153,7 +153,7 @@ class _Worker:
                 burst = products.burst()
                 self.bursts.append(burst)
                 self.seen.set()
-                if products.duty < 1:
+                if products.duty < 1 and len(self.bursts) > 1:  # no pause before the generation, which may be short
                     self.stop.wait((burst.end - burst.start) * (1 / products.duty - 1))
         except BaseException as error:
             self.error = error

@@ -20,8 +20,8 @@ from fpforensics.common.signals import Array, CapturePlan, Phase, PhaseTrace
 from fpforensics.common.words import counted
 
 _ROWS_AT_ONCE = 64
-_MOST_LOCKED = 1 << 30
-"""Bytes that go through page-locked memory at once: it is the host's, and cannot be swapped."""
+_MOST_LOCKED = 1 << 28
+"""Bytes of one array that may lie in page-locked memory: it is the host's, cannot be swapped, and stays so while the array lives."""
 
 
 def decoder_blocks(model: nn.Module, depth: int) -> nn.ModuleList:
@@ -222,13 +222,18 @@ def _ids_on(ids: Array, device: torch.device) -> torch.Tensor:
 def to_numpy(rows: torch.Tensor) -> Array:
     """The same bits on the host; bfloat16 becomes ``ml_dtypes.bfloat16``. From a GPU through page-locked memory, at several times the speed."""
     rows = rows.detach()
-    if rows.is_cuda and rows.nbytes <= _MOST_LOCKED:
-        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        host.copy_(rows)
-    else:
-        host = rows.cpu().contiguous()
+    host = _page_locked(rows) if rows.is_cuda and rows.nbytes <= _MOST_LOCKED else None
+    host = rows.cpu().contiguous() if host is None else host.copy_(rows)
     if host.dtype == torch.bfloat16:
         bits: Array = host.view(torch.uint16).numpy()
         return bits.view(ml_dtypes.bfloat16)
     array: Array = host.numpy()
     return array
+
+
+def _page_locked(rows: torch.Tensor) -> torch.Tensor | None:
+    """Memory of the host for a copy of ``rows``; None where no more can be locked."""
+    try:
+        return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    except RuntimeError:
+        return None

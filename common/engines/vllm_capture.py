@@ -67,6 +67,8 @@ class Recorder:
             step = self._placed(request_ids, starts, lengths)
             if step.is_steady:
                 self._run = _Run(request_ids, starts, step, self._claimed_RK is not None)
+        else:
+            self._phases.add("decode")  # each request had come to its prompt's last position, or beyond
         self._step = step
         self._taps.arm(step.rows_R, step.span)
 
@@ -89,7 +91,8 @@ class Recorder:
                 self._failed = f"{task.reference_id} was interrupted at position {self._computed[task.key]}"
                 self._hint = "the KV cache is too small for the batch: use fewer or shorter references, or more memory"
             self._computed[task.key] = start + length
-            step.place(index, task, start, length, offset, self._slots[task.key] if self._job.capture else {})
+            slots = self._slots[task.key] if self._job.capture and not self._failed else {}
+            step.place(index, task, start, length, offset, slots)
             offset += length
         step.upload(self._claimed_row, self._device)
         return step
@@ -235,8 +238,10 @@ class _Deal:
         if not parts:
             return
         rows = torch.cat(parts)
+        parts.clear()  # the device's memory is nearly all taken
         if rows.dtype.is_floating_point:
-            self._finite = self._finite & torch.isfinite(rows).all()
+            for some in rows.split(1024):
+                self._finite = self._finite & torch.isfinite(some).all()
         every = to_numpy(rows if self._order is None else rows.index_select(0, self._order))
         for key, share in self._shares.items():
             give(key, every[share])

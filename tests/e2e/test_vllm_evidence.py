@@ -78,8 +78,8 @@ def check(
                 ("gptq-fp16", BASE, ("model=gptq,quant=gptq",), "INCONSISTENT"),
                 ("graphs", "quant=none", (NF4,), "CONSISTENT"),
                 ("graphs", NF4, (BASE,), "INCONSISTENT"),
-                ("tp2", "quant=none", (NF4,), "CONSISTENT"),
-                ("tp2", NF4, (BASE,), "INCONSISTENT"),
+                ("tp2", "quant=none", (f"{NF4},tp=1",), "CONSISTENT"),  # NF4's scales are each rank's own
+                ("tp2", f"{NF4},tp=1", (BASE,), "INCONSISTENT"),
             )
         ),
     ],

@@ -118,7 +118,7 @@ def _only_accompanied(variant: Variant, baseline: Variant) -> bool:
         variant, config=msgspec.structs.replace(variant.config, concurrent_work=baseline.config.concurrent_work)
     )
     added = variant.config.concurrent_work and not baseline.config.concurrent_work
-    return added and alone.arithmetic == baseline.arithmetic
+    return added and alone.arithmetic == baseline.arithmetic and variant.reload == baseline.reload
 
 
 def _numbers(setting: Setting, base: Job, job: Job, entry: Entry) -> tuple[NumbersVerdict, str]:

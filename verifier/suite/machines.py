@@ -79,7 +79,8 @@ def probe(host: Host, config: ExecutionConfig) -> Interpreter:
         said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         last = shorten(said[-1].strip(), 200) if said else "it said nothing"
         raise ReplayError(
-            f"{python} cannot run {config.backend}: {last}", f"{python} -m pip install 'fpforensics[hf]'"
+            f"{python} cannot run {config.backend}: {last}",
+            f"{python} -m pip install 'fpforensics[{'vllm' if config.backend == 'vllm' else 'hf'}]'",
         ) from None
 
 

@@ -51,7 +51,8 @@ def plan_jobs(suite: Suite) -> tuple[Job, ...]:
 
 
 def lanes_of(jobs: Sequence[Job]) -> list[list[Job]]:
-    """What runs side by side: the jobs of each machine in order. Provers on this one, or of one endpoint, share a machine."""
+    """What runs side by side: the jobs of each machine in order. Local provers share this one; each endpoint, also one of this
+    machine's addresses (a tunnel has such), counts as another."""
     lanes: dict[str, list[Job]] = {}
     for job in jobs:
         lanes.setdefault(job.prover.endpoint, []).append(job)

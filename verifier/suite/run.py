@@ -74,9 +74,8 @@ def run_sessions(
     run = _Run(setting, journal, report, clock, again, jobs, setting.folder.keyring())
     lanes = lanes_of(jobs)
     with ThreadPoolExecutor(len(lanes)) as pool:
-        working = [pool.submit(run.lane, lane) for lane in lanes]
         try:
-            wait(working)
+            wait([pool.submit(run.lane, lane) for lane in lanes])
         except BaseException:  # Ctrl-C: nobody waits for what is under way
             setting.stop.set()
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Stop:
@@ -25,7 +25,8 @@ class Stop:
             self._event.set()
             closers = list(self._closers)
         for close in closers:
-            close()
+            with suppress(Exception):  # one that fails leaves no other open
+                close()
 
     def wait(self, seconds: float) -> None:
         """Wait so long, or until everything is to end."""

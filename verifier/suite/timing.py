@@ -51,14 +51,14 @@ def timings(
                 seconds=seconds,
                 mean=statistics.fmean(seconds),
                 variance=statistics.variance(seconds) if len(seconds) > 1 else 0.0,
-                slowdown=None if own else statistics.fmean(seconds) / statistics.fmean(base),
+                slowdown=None if own or not any(base) else statistics.fmean(seconds) / statistics.fmean(base),
                 interval=None if own else slowdown_interval(seconds, base),
             )
 
 
 def slowdown_interval(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:
     """A 95 % confidence interval of the ratio of two means (Fieller 1954); None where there is none that is bounded."""
-    if min(len(seconds), len(base)) < 2:
+    if min(len(seconds), len(base)) < 2 or not any(base):
         return None
     a, b = statistics.fmean(seconds), statistics.fmean(base)
     va, vb = statistics.variance(seconds) / len(seconds), statistics.variance(base) / len(base)

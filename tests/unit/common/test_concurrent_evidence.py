@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.intake import open_bundle
 
 KEYRING = Keyring([TEST_KEY.public])
-ENTRIES = [WORK, msgspec.structs.replace(WORK, kind="cuda-stream", size=8192, dtype="bf16", overlap=0.512, busy=0.5)]
+ENTRIES = [WORK, msgspec.structs.replace(WORK, kind="cuda-stream", size=8192, dtype="bf16", overlap=0.512, busy=0.512)]
 
 
 def stating(entries: list[ConcurrentWork], concurrent: bool = True) -> Callable[[Evidence], Evidence]:
@@ -79,6 +80,7 @@ def test_facts_without_work_are_written_as_they_were() -> None:
         ([WORK, {"overlap": 0.29, "busy": 0.1}], True, "repetition 2, concurrent work, overlap: 0.29"),
         ([WORK, {"overlap": 1.01}], True, "overlap: 1.01"),
         ([WORK, {"busy": 0.9}], True, "busy: 0.9"),
+        ([WORK, {"busy": 0.1}], True, "busy: 0.1"),  # one worker covers what it is busy for, and no more
         ([{"size": 0}, WORK], True, "repetition 1, concurrent work, size: 0"),
         ([{"workers": 0}, WORK], True, "workers: 0"),
         ([{"products": 0}, WORK], True, "products: 0"),
@@ -139,8 +141,9 @@ def test_starting_and_ending_the_work_is_no_part_of_the_wall_time(
 ) -> None:
     ticks = iter(range(0, 1000, 100))  # each repetition takes 100 s by this clock
     monkeypatch.setattr("fpforensics.prover.session.time.perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr("fake_engine.WORK", msgspec.structs.replace(WORK, outside_seconds=30.0))
-    session(model, tmp_path / "b.msgpack", lambda config, host, cancelled: nullcontext(FakeEngine(config, host)))
+    work = msgspec.structs.replace(WORK, outside_seconds=30.0)
+    engine = partial(FakeEngine, work=work)
+    session(model, tmp_path / "b.msgpack", lambda config, host, cancelled: nullcontext(engine(config, host)))
     with open_bundle(tmp_path / "b.msgpack", KEYRING) as bundle:
         alone, beside = bundle.evidence.rows
     assert alone.repetitions.wall_seconds == (100.0, 100.0)

@@ -59,6 +59,7 @@ def test_timing(unbroken: Path) -> None:
 def test_slowdown_interval() -> None:
     assert slowdown_interval([2.0], [1.0, 1.1]) is None
     assert slowdown_interval([2.0, 2.0], [1.0, 1.0]) == (2.0, 2.0)
+    assert slowdown_interval([2.0, 2.0], [0.0, 0.0]) is None  # a prover may sign that
     low, high = slowdown_interval([2.0, 2.1, 1.9], [1.0, 1.02, 0.98]) or (0.0, 0.0)
     assert 1.5 < low < 2 < high < 2.5
     assert slowdown_interval([2.0, 2.1], [1.0, 5.0]) is None  # a baseline that may be nothing

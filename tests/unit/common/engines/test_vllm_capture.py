@@ -1,0 +1,102 @@
+"""The recorder alone, without vLLM: steps that only move on, order of rows, and what is no number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from fpforensics.common.engines.vllm_jobs import Job, Report, Task
+from fpforensics.common.signals import Sampling
+
+torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+
+VOCABULARY, WIDTH = 11, 3
+
+
+class Rows:
+    """Stands for hooks: each wanted row of the hidden state says which row of which forward it was."""
+
+    def __init__(self) -> None:
+        self.forward, self.rows, self.bad = 0, torch.zeros(0, dtype=torch.int64), -1
+
+    def arm(self, rows_R: torch.Tensor, span: slice | None = None) -> None:  # noqa: N803
+        if span is not None:
+            assert rows_R.tolist() == list(range(span.start, span.stop))
+        self.rows, self.forward = rows_R, self.forward + 1
+
+    def take(self) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        states = torch.full((len(self.rows), WIDTH), float(self.forward))
+        states[:, 1] = self.rows
+        if self.forward == self.bad:
+            states[-1, 2] = float("inf")
+        return {0: states}, {}
+
+
+def task(number: int, prompt: int, new: int, kept: int) -> Task:
+    """``kept`` prompt positions are wanted, and every generated one that is fed."""
+    positions = np.arange(prompt - kept, prompt + new - 1, dtype=np.int32)
+    return Task(
+        key=f"r{number}", reference_id=f"ref_{number}", fed_ids=np.arange(prompt, dtype=np.int32), positions=positions
+    )
+
+
+Forward = tuple[Sequence[int], Sequence[int], Sequence[int]]  # tasks, starts, lengths
+
+
+def record(tasks: list[Task], forwards: Iterator[Forward], bad: int = -1) -> Report:
+    from fpforensics.common.engines.vllm_capture import Recorder
+
+    taps = Rows()
+    taps.bad = bad
+    job = Job(tasks=tasks, blocks=[0], top_k=2, full_logits=False, sampling=Sampling())
+    product = lambda states: torch.zeros(len(states), VOCABULARY)  # noqa: E731
+    recorder = Recorder(job, taps, product, torch.device("cpu"), (0, 0))  # type: ignore[arg-type]
+    for numbers, starts, lengths in forwards:
+        recorder.before_forward([f"r{number}-0" for number in numbers], np.array(starts), np.array(lengths))
+        recorder.after_forward(torch.zeros(int(sum(lengths)), WIDTH))
+        recorder.choose_tokens(torch.zeros(len(numbers), VOCABULARY))
+    return recorder.finish()
+
+
+def test_rows_of_steps_that_move_on_are_each_ones_own() -> None:
+    def forwards() -> Iterator[Forward]:
+        yield (0, 1), (0, 0), (4, 6)
+        for step in range(3):
+            yield (0, 1), (4 + step, 6 + step), (1, 1)
+        yield (1,), (9,), (1,)  # the first is through
+
+    report = record([task(0, 4, 4, 2), task(1, 6, 5, 1)], forwards())
+    assert (report.failed, report.finite, report.phases) == ("", True, ["prefill", "decode"])
+    first, second = (rows.hidden[0][:, :2].tolist() for rows in report.rows)
+    assert first == [[1, 2], [1, 3], [2, 0], [3, 0], [4, 0]]
+    assert second == [[1, 9], [2, 1], [3, 1], [4, 1], [5, 0]]
+
+
+def test_a_prompts_last_token_alone_is_prefill_and_what_follows_is_not() -> None:
+    def forwards() -> Iterator[Forward]:
+        yield (0,), (0,), (2,)
+        for start in range(2, 6):
+            yield (0,), (start,), (1,)
+
+    assert record([task(0, 3, 4, 1)], forwards()).phases == ["prefill", "decode"]
+
+
+def test_an_interruption_in_a_run_of_steps_is_no_evidence() -> None:
+    def forwards() -> Iterator[Forward]:
+        yield (0,), (0,), (4,)
+        yield (0,), (4,), (1,)
+        yield (0,), (5,), (1,)
+        yield (0,), (0,), (6,)  # computed again from the start
+
+    assert "ref_0 was interrupted at position 6" in record([task(0, 4, 8, 1)], forwards()).failed
+
+
+def test_a_row_that_is_no_number_is_noticed() -> None:
+    def forwards() -> Iterator[Forward]:
+        yield (0,), (0,), (4,)
+        for step in range(3):
+            yield (0,), (4 + step,), (1,)
+
+    assert record([task(0, 4, 4, 1)], forwards(), bad=3).finite is False
