@@ -84,13 +84,15 @@ def examine(
                 continue
             name, entry = f"{prover.name}_{variant.name}", ended[job.id]
             numbers, difference = _numbers(setting, base, job, entry)
+            # Repetitions in a worker each are all the first of theirs: their time tells of that too.
+            alike = variant.reload == experiment.baseline.reload
             yield Forensics(
                 config=name,
                 work=entry.concurrent_work,
                 numbers=numbers,
                 first_difference=difference,
                 distances=_distances(analysis, f"{prover.name}_{experiment.baseline.name}", name),
-                time=judge_time(times[name].interval),
+                time=judge_time(times[name].interval) if alike else "UNRESOLVED",
                 slowdown=times[name].slowdown,
                 interval=times[name].interval,
             )
@@ -118,7 +120,7 @@ def _only_accompanied(variant: Variant, baseline: Variant) -> bool:
         variant, config=msgspec.structs.replace(variant.config, concurrent_work=baseline.config.concurrent_work)
     )
     added = variant.config.concurrent_work and not baseline.config.concurrent_work
-    return added and alone.arithmetic == baseline.arithmetic and variant.reload == baseline.reload
+    return added and alone.arithmetic == baseline.arithmetic
 
 
 def _numbers(setting: Setting, base: Job, job: Job, entry: Entry) -> tuple[NumbersVerdict, str]:

@@ -24,7 +24,7 @@ from fpforensics.verifier.suite.journal import Entry, Journal, read_journal
 
 bench, same, kills = bench_module("suite"), bench_module("suite_same"), bench_module("suite_kills")
 
-OTHER_TIMES = {"products": 4, "seconds": 0.625, "overlap": 0.5, "busy": 0.25, "outside_seconds": 1e-6}
+OTHER_TIMES = {"products": 4, "seconds": 0.625, "overlap": 0.5, "busy": 0.5, "outside_seconds": 1e-6}
 
 
 def beside(**changes: Any) -> Starts:
