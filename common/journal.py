@@ -68,13 +68,13 @@ def logged(kind: str, context: grpc.ServicerContext, **facts: object) -> Iterato
 
 
 def log_to_stderr() -> None:
-    """Send this project's log to stderr, each line after the time in UTC. For a server's command line."""
+    """Send this project's log to stderr and nowhere else, each line after the time in UTC. For a server's command line."""
     handler = logging.StreamHandler(sys.stderr)
     formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logger = logging.getLogger("fpforensics")
-    logger.addHandler(handler)
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 

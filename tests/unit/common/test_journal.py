@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections.abc import Iterator
@@ -108,7 +109,10 @@ def test_what_a_caller_chose_cannot_forge_a_line_or_fill_the_disk(log: pytest.Lo
 def test_on_stderr_each_line_begins_with_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("fpforensics")
     before = logger.handlers[:], logger.level, logger.propagate
+    closed = io.StringIO()
+    closed.close()
     try:
+        logger.addHandler(logging.StreamHandler(closed))  # of an earlier server in this process
         log_to_stderr()
         with logged("session", Context()):
             pass
