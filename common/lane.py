@@ -105,6 +105,10 @@ class Lane:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _timed(self, work: Callable[[Report, Cancelled], T], mailbox: _Mailbox) -> T:
+        with self._lock:
+            stopped = mailbox.reason or self._stopped
+        if stopped is not None:  # its turn has come because those before it were stopped too
+            raise stopped
         if self._seconds is None:
             return work(mailbox.report, mailbox.is_stopped)
         late = DeadlineError(

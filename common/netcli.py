@@ -103,5 +103,7 @@ def max_seconds_option(what: str) -> Callable[[F], F]:
 
 def serve_until_stopped(server: RunningServer, address: str) -> None:
     """Say where the server really listens, then serve until SIGTERM or SIGINT and say so."""
-    click.echo(f"listening on {address.rpartition(':')[0]}:{server.port}")
-    server.wait(stopping=lambda: click.echo("stopping", err=True))
+    server.wait(
+        ready=lambda: click.echo(f"listening on {address.rpartition(':')[0]}:{server.port}"),
+        stopping=lambda: click.echo("stopping", err=True),
+    )

@@ -34,6 +34,9 @@ MAX_RPCS = 64
 GRACE_SECONDS = 5.0
 MIN_PING_MS = 10_000
 """The shortest time between a client's pings on a quiet call; who pings more often is cut off (see ``KEEPALIVE_MS``)."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP = b"\0"
+_ENDS = {_STOP, *(bytes([number]) for number in _SIGNALS)}
 _OWN = "give an address of this machine"
 _PORT_REFUSED = {
     errno.EADDRINUSE: "stop what listens there, or choose another port",
@@ -58,15 +61,24 @@ class RunningServer:
         self._on_stopping, self._on_stopped = on_stopping, on_stopped
         self._lock = threading.Lock()
         self._stopped = False
-        # A pipe, because a signal handler may not take the locks that an Event takes.
+        # A pipe, because a signal must wake the waiting thread even if it comes just before that thread falls asleep.
         self._asleep, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
 
-    def wait(self, grace: float = GRACE_SECONDS, stopping: Callable[[], None] = lambda: None) -> None:
-        """Serve until SIGTERM, SIGINT or :meth:`stop`, then call ``stopping`` and stop. A second signal does what it did
-        before.
+    def wait(
+        self,
+        grace: float = GRACE_SECONDS,
+        *,
+        ready: Callable[[], None] = lambda: None,
+        stopping: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serve until SIGTERM, SIGINT or :meth:`stop`, then call ``stopping`` and stop. ``ready`` is called as soon as
+        signals are heard. A second signal does what it did before.
         """
         with _signals_wake(self._waker):
-            os.read(self._asleep, 1)
+            ready()
+            while os.read(self._asleep, 1) not in _ENDS:
+                pass  # another signal, which others handle
         stopping()
         self.stop(grace)
 
@@ -81,7 +93,7 @@ class RunningServer:
             self._workers.shutdown(wait=True)
             self._on_stopped()
             self._stopped = True
-            os.write(self._waker, b"x")
+            os.write(self._waker, _STOP)
 
     def __enter__(self) -> Self:
         return self
@@ -196,17 +208,21 @@ def _refuse(_requests: Any, context: grpc.ServicerContext) -> None:
 
 @contextmanager
 def _signals_wake(waker: int) -> Iterator[None]:
-    """SIGTERM and SIGINT write to ``waker`` inside this block, where this thread may say so (the main thread)."""
+    """Every signal that Python handles writes its number to ``waker`` inside this block, SIGTERM and SIGINT do no more
+    than that, where this thread may say so (the main thread).
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def wake(_number: int, _frame: FrameType | None) -> None:
-        os.write(waker, b"x")
-
-    before = {number: signal.signal(number, wake) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = signal.set_wakeup_fd(waker)
+    handlers = {number: signal.signal(number, _only_wake) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+
+
+def _only_wake(_number: int, _frame: FrameType | None) -> None:
+    """What is to be done is done by whoever reads the pipe."""

@@ -224,3 +224,18 @@ def test_stopping_ends_what_runs_what_waits_and_what_comes_later(lane: Lane) -> 
     for each in (running, waiting, later):
         with pytest.raises(UnavailableError, match="the server is stopping"):
             list(each)
+
+
+def test_what_waits_when_the_lane_stops_never_begins(lane: Lane) -> None:
+    running = lane.run(Context(), until_stopped, lambda progress: progress.stage)
+    assert next(running) == "begun"
+    begun = threading.Event()
+    waiting = lane.run(Context(), lambda _report, _cancelled: begun.set(), lambda progress: progress.stage)
+    assert next(waiting) == "waiting for 1 earlier job"
+    lane.stop(UnavailableError("the server is stopping"))
+    with pytest.raises(UnavailableError):
+        list(running)
+    lane._pool.shutdown(wait=True)  # so its turn has come, while its caller does not even read
+    assert not begun.is_set()
+    with pytest.raises(UnavailableError, match="the server is stopping"):
+        list(waiting)

@@ -121,6 +121,32 @@ def test_a_signal_is_heard_before_the_server_has_stopped() -> None:
     assert heard == ["me"]
 
 
+WAITS = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+from open_server import serve
+from fpforensics.common.access import Listen
+server = serve(Listen())
+signal.signal(signal.SIGUSR1, lambda *_: None)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+server.wait(ready=lambda: print(server.port, flush=True))
+"""
+
+
+def test_a_signal_is_heard_if_another_thread_takes_it_and_another_signal_is_none_of_its_business() -> None:
+    command = [sys.executable, "-c", WAITS, str(Path(__file__).resolve().parents[2])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            process.send_signal(signal.SIGUSR1)
+            assert describe(f"127.0.0.1:{port}") == "me"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
 def test_stopping_twice_does_no_harm() -> None:
     server = serve(Listen())
     server.stop(grace=0)

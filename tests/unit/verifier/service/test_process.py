@@ -67,8 +67,7 @@ config = VerifierConfig(
     key=VERIFIER_KEY, keyring=Keyring([PROVER_KEY.public]), store=Path(sys.argv[2]), check=quick_check
 )
 server = serve_verifier(config)
-print(server.port, flush=True)
-server.wait()
+server.wait(ready=lambda: print(server.port, flush=True))
 print("stopped", flush=True)
 """
 
