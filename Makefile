@@ -39,7 +39,7 @@ $(FILLED): pyproject.toml constraints.txt
 	@touch $@
 
 test: install  ## everything that needs no GPU
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 4 --dist loadscope
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 lint: install  ## ruff: lint and format
 	$(BIN)/ruff check .

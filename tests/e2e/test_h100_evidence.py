@@ -21,8 +21,9 @@ SDPA, EAGER = "attn=sdpa,dtype=bf16", "attn=eager"
     [
         (SDPA, "quant=none", ("attn=eager", "quant=bnb-nf4"), "CONSISTENT"),
         (SDPA, "quant=bnb-nf4", ("quant=none",), "INCONSISTENT"),
-        (EAGER, "attn=eager", ("attn=sdpa",), "CONSISTENT"),
-        (EAGER, "attn=sdpa", ("attn=eager",), "INCONSISTENT"),
+        # Of test_h100_lineup.py's larger bundle these are asked every time.
+        pytest.param(EAGER, "attn=eager", ("attn=sdpa",), "CONSISTENT", marks=pytest.mark.slow),
+        pytest.param(EAGER, "attn=sdpa", ("attn=eager",), "INCONSISTENT", marks=pytest.mark.slow),
     ],
 )
 def test_h100_evidence_on_a_cpu(smollm2: Path, row: str, claim: str, lineup: tuple[str, ...], verdict: str) -> None:
