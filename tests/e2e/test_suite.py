@@ -12,6 +12,7 @@ from pathlib import Path
 from click.testing import CliRunner
 from small_suite import CONCURRENT, write_suite
 
+from fpforensics.common.errors import UsageError
 from fpforensics.verifier.cli.analyze import analyze
 from fpforensics.verifier.cli.suite import suite
 
@@ -87,3 +88,8 @@ def test_suite(tmp_path: Path) -> None:
     before = (out / "journal.jsonl").read_bytes()
     assert CliRunner().invoke(suite, ["resume", str(out), "-q"]).exit_code == 0
     assert (out / "journal.jsonl").read_bytes() == before
+    # All is replayed; in another way it is not replayed into the same folder.
+    assert CliRunner().invoke(suite, ["replay", str(out), "-q"]).exit_code == 0
+    assert (out / "journal.jsonl").read_bytes() == before
+    refused = CliRunner().invoke(suite, ["replay", str(out), "-q", "--mode", "prefill"])
+    assert isinstance(refused.exception, UsageError)

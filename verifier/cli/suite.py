@@ -1,4 +1,5 @@
-"""``verifier suite``: ablation experiments as prover sessions; ``list``, ``show``, ``validate``, ``check``, ``run``, ``resume``."""
+"""``verifier suite``: ablation experiments as prover sessions; ``list``, ``show``, ``validate``, ``check``, ``run``, ``resume``,
+``replay``."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from fpforensics.common.errors import UsageError, shorten
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
 
 if TYPE_CHECKING:
+    from fpforensics.common.access import Access
+    from fpforensics.common.engines.base import ReplayMode
     from fpforensics.verifier.suite.model import ProverSpec, Suite
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -166,7 +169,7 @@ def run(
     found = _asked(name, provers, keys, no_replay)
     models = make_host("auto", "", (), model_paths).models
     Folder(output).create(Settings(suite=found, models=models), Keyring.from_paths(keys))
-    _go(output, access, quiet, again=False)
+    _go(output, make_access(access), quiet, again=False)
 
 
 @suite.command()
@@ -176,7 +179,45 @@ def run(
 @quiet_option
 def resume(folder: Path, again: bool, quiet: bool, **access: Unpack[AccessOptions]) -> None:
     """Go on where a run ended, however it ended: what is finished is not repeated."""
-    _go(folder, access, quiet, again=again)
+    _go(folder, make_access(access), quiet, again=again)
+
+
+@suite.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--device", help="Where: auto, cpu, cuda, cuda:1, … [default: the suite's]")
+@click.option("--mode", type=click.Choice(["decode", "prefill"]), help="[default: the suite's]")
+@click.option("--using", metavar="CONFIG", help="As in verifier check --using. [default: the suite's]")
+@click.option("--model-path", "model_paths", multiple=True, metavar="NAME=PATH", help="Where a model's checkpoint lies here. Repeatable.")  # fmt: skip
+@click.option("--again", is_flag=True, help="Try what was skipped too.")
+@quiet_option
+def replay(
+    folder: Path,
+    device: str | None,
+    mode: ReplayMode | None,
+    using: str | None,
+    model_paths: tuple[str, ...],
+    again: bool,
+    quiet: bool,
+) -> None:
+    """Replay here what was collected elsewhere (run --no-replay, its folder copied), and write the files anew.
+
+    No session is begun. The folder says whose bundles count: keys/ and local.key.pub; the private local.key need not travel.
+
+    \b
+    verifier suite run examples/suites/one-gpu.toml -o results/ --no-replay     # on a pod
+    verifier suite replay results/ --device cpu                                # at home
+    """
+    import msgspec
+
+    from fpforensics.common.cli import make_host
+    from fpforensics.verifier.suite.folder import Folder
+
+    models = make_host(device or "auto", "", (), model_paths).models
+    settings = Folder(folder).load()
+    changes = {"enabled": True, "device": device, "mode": mode, "using": using}
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    Folder(folder).replay_as(settings, msgspec.structs.replace(settings.suite.replay, **given), models)
+    _go(folder, None, quiet, again=again, sessions=False)
 
 
 def _asked(name: str, provers: Sequence[str], keys: Sequence[Path], no_replay: bool) -> Suite:
@@ -200,7 +241,7 @@ def _asked(name: str, provers: Sequence[str], keys: Sequence[Path], no_replay: b
     return found
 
 
-def _go(path: Path, access: AccessOptions, quiet: bool, *, again: bool) -> None:
+def _go(path: Path, access: Access | None, quiet: bool, *, again: bool, sessions: bool = True) -> None:
     from fpforensics.verifier.report.analysis_text import render_summary
     from fpforensics.verifier.suite.folder import Folder
     from fpforensics.verifier.suite.sessions import Setting
@@ -208,9 +249,9 @@ def _go(path: Path, access: AccessOptions, quiet: bool, *, again: bool) -> None:
 
     folder = Folder(path)
     settings = folder.load()
-    setting = Setting(folder=folder, suite=settings.suite, models=settings.models, access=make_access(access))
+    setting = Setting(folder=folder, suite=settings.suite, models=settings.models, access=access)
     with progress_bar(quiet) as report:
-        written = run_suite(setting, report, again=again)
+        written = run_suite(setting, report, again=again, sessions=sessions)
     click.echo(render_summary(written.summary), nl=False)
     click.echo()
     click.echo(render_states(written), nl=False)

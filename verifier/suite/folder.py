@@ -15,7 +15,7 @@ import msgspec
 from fpforensics.common.cache import sync_folder, write_atomically
 from fpforensics.common.errors import Error, UsageError, shorten
 from fpforensics.common.keys import Keyring, PrivateKey, generate, load_private, load_public, public_path
-from fpforensics.verifier.suite.model import LOCAL, Suite
+from fpforensics.verifier.suite.model import LOCAL, ReplaySettings, Suite
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
 
@@ -75,6 +75,24 @@ class Folder:
             left.unlink()
         return settings
 
+    def replay_as(self, settings: Settings, replay: ReplaySettings, models: dict[str, str]) -> Settings:
+        """From now on replay like this, with these checkpoints beside those that are named. Raises :class:`UsageError`
+        where replays are here that were made in another way.
+        """
+        before = settings.suite.replay
+        if replay != msgspec.structs.replace(before, enabled=True) and any(self.replays.glob("*.json")):
+            made = f"mode={before.mode}, using={before.using!r}, device={before.device}"
+            raise UsageError(
+                f"{self.replays} holds replays made with {made}", "give the same, or move that folder's files away"
+            )
+        suite = msgspec.structs.replace(settings.suite, replay=replay)
+        changed = msgspec.structs.replace(settings, suite=suite, models=settings.models | models)
+        try:
+            write_atomically(self.settings, msgspec.json.format(msgspec.json.encode(changed)))
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.path}: {error.strerror}", "make it writable") from error
+        return changed
+
     def bundle(self, session: str) -> Path:
         """A session's signed bundle."""
         return self.bundles / f"{session}.msgpack"
@@ -95,8 +113,8 @@ class Folder:
 
     def keyring(self) -> Keyring:
         """Whose bundles are accepted: those of the named provers, and of the local one."""
-        keys = sorted(self.keys.glob("*.pub"))
-        return Keyring(map(load_public, [*keys, *([public_path(self.key)] if self.key.exists() else [])]))
+        own = public_path(self.key)
+        return Keyring(map(load_public, [*sorted(self.keys.glob("*.pub")), *([own] if own.exists() else [])]))
 
 
 def publish(path: Path, content: bytes) -> None:

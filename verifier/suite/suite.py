@@ -20,15 +20,17 @@ def run_suite(
     *,
     clock: Clock | None = None,
     again: bool = False,
+    sessions: bool = True,
 ) -> Written:
-    """Do what is not done yet in the run of ``setting.folder``, and write its files.
+    """Do what is not done yet in the run of ``setting.folder``, and write its files; without ``sessions``, replays alone.
 
     Raises :class:`StoppedError` where it cannot go on now; whatever is done stays done. ``again`` tries what was skipped.
     """
     folder = setting.folder
     with Journal(folder.journal) as journal:
         try:
-            run_sessions(setting, journal, report, clock=clock, again=again)
+            if sessions:
+                run_sessions(setting, journal, report, clock=clock, again=again)
             run_replays(setting, journal, report, again=again)
             written = write_files(setting, dict(journal.latest(*ENDED)), report)
             _write_page(setting, written)

@@ -1,0 +1,62 @@
+"""What one machine collected, replayed on another: no session is begun, and the numbers are those of one run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from suite_world import FINISHED, TOML, Starts, make, opened, results, run
+
+from fpforensics.common.errors import UsageError
+from fpforensics.verifier.suite.folder import Folder
+from fpforensics.verifier.suite.model import ReplaySettings
+
+COLLECT = TOML + "\n[replay]\nenabled = false\n"
+
+
+@pytest.fixture
+def moved(tiny: Path, tmp_path: Path) -> Path:
+    """A folder of evidence alone that was copied from a machine which is gone, but for its private key."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    shutil.copytree(tiny, there / "model")
+    run(make(there / "run", there / "model", toml=COLLECT))
+    shutil.copytree(there / "run", here, ignore=shutil.ignore_patterns("local.key", ".incoming"))
+    shutil.rmtree(there)
+    return here
+
+
+def replay_as(folder: Path, tiny: Path, **changes: str) -> None:
+    replay = msgspec.structs.replace(Folder(folder).load().suite.replay, enabled=True, **changes)  # type: ignore[arg-type]
+    Folder(folder).replay_as(Folder(folder).load(), replay, {"tiny": str(tiny)})
+
+
+def test_the_numbers_are_those_of_one_run(unbroken: Path, moved: Path, tiny: Path) -> None:
+    assert not list((moved / "replays").iterdir())
+    replay_as(moved, tiny)
+    starts = Starts()
+    run(opened(moved, start=starts), sessions=False)
+    assert results(moved) == results(unbroken)
+    assert len(starts.configs) == len(FINISHED)  # replays alone
+    run(opened(moved, start=starts), sessions=False)
+    assert len(starts.configs) == len(FINISHED)
+
+
+def test_a_session_that_is_open_stays_open(moved: Path, tiny: Path) -> None:
+    lines = (moved / "journal.jsonl").read_text().splitlines(keepends=True)
+    (moved / "journal.jsonl").write_text("".join(line for line in lines if "attn=eager" not in line))
+    replay_as(moved, tiny)
+    written = run(opened(moved), sessions=False)
+    states = {config.config: config.state for each in written.experiments for config in each.configs}
+    assert states["attn=eager"] == "open"
+    assert states["baseline"] == "finished"
+
+
+def test_replays_made_in_another_way_are_not_mixed(moved: Path, tiny: Path) -> None:
+    replay_as(moved, tiny, mode="prefill")
+    run(opened(moved), sessions=False)
+    replay_as(moved, tiny)
+    with pytest.raises(UsageError, match=r"holds replays made with mode=prefill, using='', device=auto"):
+        replay_as(moved, tiny, mode="decode")
+    assert Folder(moved).load().suite.replay == ReplaySettings(mode="prefill")
