@@ -38,7 +38,7 @@ def serve(listen: Listen, servicer: Open | None = None) -> RunningServer:
 def describe(target: str, access: Access | None = None) -> str:
     with Connection(target, access) as connection, translated():
         stub: Any = evidence_pb2_grpc.ProverStub(connection.channel)  # type: ignore[no-untyped-call]
-        return str(stub.Describe(pb.DescribeRequest(), timeout=10, metadata=connection.metadata).keyid)
+        return str(stub.Describe(pb.DescribeRequest(), timeout=60, metadata=connection.metadata).keyid)
 
 
 def write_token(path: Path, token: str = "t" * 40, mode: int = 0o600) -> Path:
@@ -49,12 +49,12 @@ def write_token(path: Path, token: str = "t" * 40, mode: int = 0o600) -> Path:
 
 def health_of(channel: grpc.Channel, service: str = "") -> int:
     stub = health_pb2_grpc.HealthStub(channel)
-    return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status)
+    return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status)
 
 
 def listed_services(channel: grpc.Channel) -> list[str]:
     def ask() -> Iterator[reflection_pb2.ServerReflectionRequest]:
         yield reflection_pb2.ServerReflectionRequest(list_services="")
 
-    (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(ask(), timeout=10)
+    (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(ask(), timeout=60)
     return [service.name for service in answer.list_services_response.service]

@@ -46,7 +46,7 @@ def open_channel(port: int) -> grpc.Channel:
 
 def is_serving(server: RunningServer, service: str) -> bool:
     with open_channel(server.port) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 

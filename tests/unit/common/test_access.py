@@ -151,10 +151,10 @@ def test_a_token_opens_everything_and_its_absence_onlyhealth_of(tmp_path: Path) 
             stub: Any = evidence_pb2_grpc.ProverStub(channel)  # type: ignore[no-untyped-call]
             for header in ("t" * 40, "bearer " + "t" * 40, "Bearer " + "t" * 41, "Bearer ", "Bearer " + "t" * 4000):
                 with pytest.raises(grpc.RpcError) as caught:
-                    stub.Describe(pb.DescribeRequest(), timeout=10, metadata=(("authorization", header),))
+                    stub.Describe(pb.DescribeRequest(), timeout=60, metadata=(("authorization", header),))
                 assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
             with pytest.raises(grpc.RpcError) as caught:
-                list(stub.RunSession(pb.SessionRequest(), timeout=10))
+                list(stub.RunSession(pb.SessionRequest(), timeout=60))
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
             with pytest.raises(grpc.RpcError) as caught:
                 listed_services(channel)
@@ -224,7 +224,7 @@ def test_a_token_never_travels_in_the_clear(tmp_path: Path) -> None:
     host, port = listener.getsockname()
     with listener, Connection(f"{host}:{port}", Access(token_file=token)) as connection:
         stub: Any = evidence_pb2_grpc.ProverStub(connection.channel)  # type: ignore[no-untyped-call]
-        call = stub.Describe.future(pb.DescribeRequest(), timeout=10, metadata=connection.metadata)
+        call = stub.Describe.future(pb.DescribeRequest(), timeout=60, metadata=connection.metadata)
         peer, _ = listener.accept()
         with peer:
             peer.settimeout(10)

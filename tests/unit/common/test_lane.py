@@ -71,7 +71,7 @@ def test_a_slow_reader_sees_the_newest_progress_and_slows_nothing(lane: Lane) ->
 
     reading = lane.run(Context(), work, lambda progress: progress.done)
     first = next(reading)
-    assert worked.wait(10)
+    assert worked.wait(60)
     assert [first, *reading][-1] == 999
 
 
@@ -93,7 +93,7 @@ def test_jobs_run_one_at_a_time_and_only_so_many_wait(lane: Lane) -> None:
             running[0] += 1
             most[0] = max(most[0], running[0])
         report("begun", 0, 1)
-        assert go.wait(10)
+        assert go.wait(60)
         with lock:
             running[0] -= 1
         return 1
@@ -148,7 +148,7 @@ def test_one_who_leaves_while_waiting_never_runs(lane: Lane) -> None:
 
     def first_work(report: Report, cancelled: Cancelled) -> int:
         report("begun", 0, 1)
-        assert go.wait(10)
+        assert go.wait(60)
         return 1
 
     def second_work(report: Report, cancelled: Cancelled) -> int:
@@ -164,7 +164,7 @@ def test_one_who_leaves_while_waiting_never_runs(lane: Lane) -> None:
         leaving = pool.submit(next, second)
         context.end()
         with pytest.raises(CancelledError):
-            leaving.result(timeout=10)  # at once, not after the first one's end
+            leaving.result(timeout=60)  # at once, not after the first one's end
     go.set()
     assert list(first) == []
     assert drain(lane, lambda _report, _cancelled: 3) == ([], 3)
@@ -182,7 +182,7 @@ def test_silent_work_says_its_last_progress_again() -> None:
     go = threading.Event()
 
     def work(report: Report, cancelled: Cancelled) -> int:
-        assert go.wait(10)
+        assert go.wait(60)
         report("begun", 1, 3)
         while not cancelled():
             threading.Event().wait(0.01)

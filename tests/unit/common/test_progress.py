@@ -21,13 +21,13 @@ LATER = 3600.0
 def test_a_line_for_each_stage_with_the_newest_count() -> None:
     said: queue.Queue[str] = queue.Queue()
     with progress.lines(said.put, after=0, every=0) as report:
-        assert said.get(timeout=10).endswith("s] starting")  # without any report
+        assert said.get(timeout=60).endswith("s] starting")  # without any report
         report("loading", 0, 0)
-        assert said.get(timeout=10).endswith("s] loading")
+        assert said.get(timeout=60).endswith("s] loading")
         for done in range(50):
             report("loading", done, 50)
         report("replay", 3, 9)
-        assert said.get(timeout=10).endswith("s] replay (3 of 9)")
+        assert said.get(timeout=60).endswith("s] replay (3 of 9)")
     assert said.empty()
 
 
@@ -42,7 +42,7 @@ def test_lines_are_rare() -> None:
     said: queue.Queue[str] = queue.Queue()
     with progress.lines(said.put, after=0, every=LATER) as report:
         report("loading", 0, 100)
-        while not said.get(timeout=10).endswith("] loading (0 of 100)"):
+        while not said.get(timeout=60).endswith("] loading (0 of 100)"):
             pass  # the thread may have begun before the first report
         for number in range(100):
             report(f"stage {number}", number, 100)
@@ -54,15 +54,15 @@ def test_after_a_while_only_the_newest_stage_is_said() -> None:
     with progress.lines(said.put, after=0.2, every=LATER) as report:
         for number in range(100):
             report(f"stage {number}", number, 100)
-        assert said.get(timeout=10).endswith("] stage 99 (99 of 100)")
+        assert said.get(timeout=60).endswith("] stage 99 (99 of 100)")
 
 
 def test_what_another_machine_calls_its_stage_is_made_printable_and_cut() -> None:
     said: queue.Queue[str] = queue.Queue()
     with progress.lines(said.put, after=0, every=0) as report:
-        said.get(timeout=10)
+        said.get(timeout=60)
         report("\x1b[2Jgone\n" + "x" * 10_000, 0, 0)
-        line = said.get(timeout=10)
+        line = said.get(timeout=60)
     assert line.isprintable()
     assert len(line) < 200
 
@@ -115,9 +115,9 @@ def test_without_a_terminal_stderr_gets_lines_and_quiet_means_nothing(
     monkeypatch.setenv(progress.EVERY_VARIABLE, "0")
     assert not sys.stderr.isatty()
     with progress_bar(quiet=False) as report:
-        waited.get(timeout=10)
+        waited.get(timeout=60)
         report("loading", 0, 1)
-        waited.get(timeout=10)
+        waited.get(timeout=60)
     said = capsys.readouterr()
     assert said.out == ""
     assert [line.split("] ")[1] for line in said.err.splitlines()] == ["starting", "loading (0 of 1)"]

@@ -115,8 +115,8 @@ def test_every_error_crosses_the_wire_as_itself(failing: tuple[Failing, Any], ki
     servicer, stub = failing
     servicer.error = made(kind)
     for call in (
-        lambda: stub.Describe(pb.DescribeRequest(), timeout=10),
-        lambda: list(stub.RunSession(pb.SessionRequest(), timeout=10)),
+        lambda: stub.Describe(pb.DescribeRequest(), timeout=60),
+        lambda: list(stub.RunSession(pb.SessionRequest(), timeout=60)),
     ):
         with pytest.raises(Error) as caught, translated():
             call()
@@ -124,7 +124,7 @@ def test_every_error_crosses_the_wire_as_itself(failing: tuple[Failing, Any], ki
         assert (caught.value.message, caught.value.hint) == (servicer.error.message, servicer.error.hint)
         assert caught.value.exit_code == kind.exit_code
     with pytest.raises(grpc.RpcError) as raw:
-        stub.Describe(pb.DescribeRequest(), timeout=10)
+        stub.Describe(pb.DescribeRequest(), timeout=60)
     assert raw.value.code() == status_of(servicer.error)
     assert raw.value.details() == servicer.error.diagnostics()
 
@@ -155,7 +155,7 @@ def test_a_long_error_still_arrives(failing: tuple[Failing, Any]) -> None:
     servicer, stub = failing
     servicer.error = EvidenceError("\N{PILE OF POO}" * 50_000, "\x1b[31m" * 50_000)
     with pytest.raises(EvidenceError) as caught, translated():
-        stub.Describe(pb.DescribeRequest(), timeout=10)
+        stub.Describe(pb.DescribeRequest(), timeout=60)
     assert caught.value.message.startswith("\N{PILE OF POO}" * 200)
     assert caught.value.message.endswith("…")
     assert caught.value.diagnostics().isprintable()
@@ -167,7 +167,7 @@ def test_what_nobody_expected_says_nothing_but_is_logged(
     servicer, stub = failing
     servicer.error = ZeroDivisionError("the secret is 42")
     with caplog.at_level(logging.ERROR), pytest.raises(UnavailableError) as caught, translated():
-        stub.Describe(pb.DescribeRequest(), timeout=10)
+        stub.Describe(pb.DescribeRequest(), timeout=60)
     assert "42" not in caught.value.diagnostics()
     assert "internal error, ticket" in caught.value.message
     assert "the secret is 42" in caplog.text
@@ -211,7 +211,7 @@ def test_nobody_there_is_unavailable(failing: tuple[Failing, Any]) -> None:
     with open_channel(server.port) as channel:
         stub: Any = evidence_pb2_grpc.ProverStub(channel)  # type: ignore[no-untyped-call]
         with pytest.raises(UnavailableError), translated():
-            stub.Describe(pb.DescribeRequest(), timeout=10)
+            stub.Describe(pb.DescribeRequest(), timeout=60)
 
 
 class _Broken(grpc.RpcError):

@@ -31,7 +31,7 @@ def test_health_can_be_watched() -> None:
         serve(Listen()) as server,
         open_channel(server.port) as channel,
     ):
-        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10)
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=60)
         assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
         watching.cancel()
 
@@ -108,7 +108,7 @@ def test_a_quiet_call_outlives_its_clients_pings(monkeypatch: pytest.MonkeyPatch
                 listen_quietly(f"127.0.0.1:{other.port}")
             assert not patient.over.wait(1.5)  # and one ping more, should it have been a little later
             patient.over.set()
-            assert answer.result(timeout=10) == ["still here"]
+            assert answer.result(timeout=60) == ["still here"]
 
 
 def test_a_signal_is_heard_before_the_server_has_stopped() -> None:
@@ -142,7 +142,7 @@ def test_a_signal_is_heard_if_another_thread_takes_it_and_another_signal_is_none
             process.send_signal(signal.SIGUSR1)
             assert describe(f"127.0.0.1:{port}") == "me"
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 

@@ -196,10 +196,10 @@ def test_a_watcher_wakes_for_a_verdict_and_for_its_own_end(tmp_path: Path) -> No
         news = pool.submit(store.wait_beyond, 0, lambda: False)
         end = pool.submit(store.wait_beyond, 1, gone.is_set)
         append(store)
-        assert news.result(timeout=10) is True
+        assert news.result(timeout=60) is True
         gone.set()
         store.wake()
-        assert end.result(timeout=10) is False
+        assert end.result(timeout=60) is False
 
 
 def test_one_process_owns_a_store(tmp_path: Path) -> None:

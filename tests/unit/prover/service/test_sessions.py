@@ -58,7 +58,7 @@ def test_one_session_at_a_time_and_the_next_after_it(client: ProverClient, runne
     runner.hold = True
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.run_session, PLAN, tmp_path / "first")
-        assert runner.holding.wait(10)
+        assert runner.holding.wait(60)
         with pytest.raises(LimitError, match="already under way"):
             client.run_session(PLAN, tmp_path / "second")
         runner.hold = False
@@ -103,15 +103,15 @@ def test_each_session_is_logged_in_one_line(
 
         with pytest.raises(Leave):
             client.run_session(PLAN, tmp_path / "left", report=leave)
-        assert runner.cancelled.wait(10)
+        assert runner.cancelled.wait(60)
         runner.hold = False
         until_free(client, tmp_path / "after")
         runner.hold, runner.holding = True, threading.Event()
         with ThreadPoolExecutor(1) as pool:
             last = pool.submit(client.run_session, PLAN, tmp_path / "aborted")
-            assert runner.holding.wait(10)
+            assert runner.holding.wait(60)
             server.stop()
-            assert isinstance(last.exception(timeout=10), UnavailableError)
+            assert isinstance(last.exception(timeout=60), UnavailableError)
     lines = [line for line in caplog.messages if line.startswith("session ") and "already under way" not in line]
     done, refused, left, after, aborted = lines
     assert re.fullmatch(

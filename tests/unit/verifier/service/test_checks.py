@@ -108,7 +108,7 @@ def test_a_caller_who_leaves_gets_no_verdict(
 
     with pytest.raises(Leave):
         client.check(digest, CheckPlan(), leave)
-    assert checker.cancelled.wait(10)
+    assert checker.cancelled.wait(60)
     checker.hold = False
     client.check(digest, CheckPlan())  # waits in line for the cancelled one to end
     assert [verdict.predicate.sequence for verdict in auditor.list()] == [1]
@@ -143,13 +143,13 @@ def test_a_stopping_verifier_ends_the_check_under_way_and_those_in_line(
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.check, digest, CheckPlan())
-        assert checker.holding.wait(10)
+        assert checker.holding.wait(60)
         second = pool.submit(client.check, digest, CheckPlan(), saw)
-        assert waiting.wait(10)
+        assert waiting.wait(60)
         server.stop(grace=60)  # which nobody waits for
         for each in (first, second):
             with pytest.raises(UnavailableError, match="the verifier is stopping"):
-                each.result(timeout=10)
+                each.result(timeout=60)
     assert len(checker.plans) == 1
 
 
@@ -182,7 +182,7 @@ def test_each_submission_and_each_check_is_logged_in_one_line(
 
         with pytest.raises(Leave):
             client.check(digest, CheckPlan(claim="attn=sdpa"), leave)
-        assert checker.cancelled.wait(10)
+        assert checker.cancelled.wait(60)
         checker.hold = False
         verdict = open_verdict(client.check(digest, CheckPlan(claim="quant=none")), VERIFIERS)
         with pytest.raises(NotFoundError):
@@ -213,9 +213,9 @@ def test_checks_wait_in_line(client: VerifierClient, auditor: AuditorClient, che
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.check, digest, CheckPlan())
-        assert checker.holding.wait(10)
+        assert checker.holding.wait(60)
         second = pool.submit(client.check, digest, CheckPlan(), saw)
-        assert waiting.wait(10)
+        assert waiting.wait(60)
         assert len(checker.plans) == 1
         checker.hold = False
         assert first.result(timeout=30) != second.result(timeout=30)

@@ -101,10 +101,10 @@ def test_a_verifier_killed_in_mid_submit_forgets_the_half_and_keeps_the_whole(tm
             envelope = client.check(digest, CheckPlan())
         with raw(port) as stub:
             call = stub.SubmitBundle.future(half(), timeout=60)
-            assert sent.wait(10)
+            assert sent.wait(60)
             assert _spooled(tmp_path / "store")  # the half is really there when the process dies
             process.send_signal(signal.SIGKILL)
-            process.wait(10)
+            process.wait(60)
             killed.set()
             assert isinstance(call.exception(timeout=30), grpc.RpcError)
     assert len(kept(tmp_path)) == 2
@@ -144,10 +144,10 @@ def test_a_signal_stops_it_gracefully(tmp_path: Path, number: signal.Signals) ->
             assert list(auditor.list()) == []
             process.send_signal(number)
             with pytest.raises(UnavailableError):
-                watcher.result(timeout=20)
+                watcher.result(timeout=60)
         assert process.stdout is not None
         assert process.stdout.read() == "stopped\n"
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_two_verifiers_do_not_share_a_store(config: VerifierConfig, server: RunningServer) -> None:

@@ -254,14 +254,14 @@ def test_uploads_under_way_are_bounded(server: RunningServer, bundle: Path) -> N
     with raw(server.port) as stub, VerifierClient(f"127.0.0.1:{server.port}") as client:
         calls = [stub.SubmitBundle.future(slow(), timeout=60) for _ in range(MAX_UPLOADS)]
         for _ in calls:
-            assert begun.acquire(timeout=10)
+            assert begun.acquire(timeout=60)
 
         def probe() -> None:
             # Ours may have held a slot when a slow one came, which was then refused: let that one come again.
             for index, call in enumerate(calls):
                 if call.done():
                     calls[index] = stub.SubmitBundle.future(slow(), timeout=60)
-                    assert begun.acquire(timeout=10)
+                    assert begun.acquire(timeout=60)
             client.submit_bundle(bundle)
 
         eventually(LimitError, "uploads are under way", probe)

@@ -46,11 +46,11 @@ def test_pages_join_up(client: VerifierClient, auditor: AuditorClient, bundle: P
     assert [verdict.envelope for verdict in auditor.list()] == envelopes
     assert [verdict.envelope for verdict in auditor.list(after=3)] == envelopes[3:]
     with raw(server.port) as stub:
-        page = stub.ListVerdicts(pb.ListVerdictsRequest(limit=2), timeout=10)
+        page = stub.ListVerdicts(pb.ListVerdictsRequest(limit=2), timeout=60)
         assert ([verdict.sequence for verdict in page.verdicts], page.more) == ([1, 2], True)
         for wrong in ({"limit": 101}, {"after": 2**63}):
             with pytest.raises(UsageError), translated():
-                stub.ListVerdicts(pb.ListVerdictsRequest(**wrong), timeout=10)
+                stub.ListVerdicts(pb.ListVerdictsRequest(**wrong), timeout=60)
     with pytest.raises(NotFoundError):
         auditor.get("no such verdict")
 
@@ -65,11 +65,11 @@ def test_a_watcher_sees_old_and_new_verdicts_until_the_server_stops(
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, watching)
         new = client.check(digest, CheckPlan())
-        assert coming.result(timeout=10).envelope == new
+        assert coming.result(timeout=60).envelope == new
         ending = pool.submit(next, watching)
         server.stop(grace=5)
         with pytest.raises(UnavailableError, match="stopping"):
-            ending.result(timeout=10)
+            ending.result(timeout=60)
 
 
 def test_watchers_are_bounded_and_a_leaving_one_makes_room(
