@@ -18,6 +18,7 @@ from fpforensics.common.errors import EvidenceError, did_you_mean, shorten
 from fpforensics.common.evidence import Evidence, EvidenceStatement, Row, Tensor, TraceEntry
 from fpforensics.common.frame import MAX_BLOB_BYTES
 from fpforensics.common.manifest import phase_tensors, span, subjects
+from fpforensics.common.sampling import MIN_TEMPERATURE
 from fpforensics.common.signals import DTYPES, LAST, PHASES
 from fpforensics.common.strict import Limits
 from fpforensics.common.words import counted
@@ -93,7 +94,8 @@ def _check_session(evidence: Evidence, limits: Limits) -> None:
     _bounded(evidence.capture.top_k, 1, limits.width, "capture.top_k")
     _bounded(evidence.sampling.max_new_tokens, 1, limits.output_tokens, "sampling.max_new_tokens")
     _bounded(evidence.sampling.seed, 0, (1 << 64) - 1, "sampling.seed")
-    _bounded(evidence.sampling.temperature, 0, 1000, "sampling.temperature")
+    if evidence.sampling.temperature != 0:  # greedy
+        _bounded(evidence.sampling.temperature, MIN_TEMPERATURE, 1000, "sampling.temperature")
     _bounded(evidence.sampling.top_p, 0, 1, "sampling.top_p")
 
 

@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from fpforensics.common.errors import UsageError
 from fpforensics.common.signals import Sampling
 
+MIN_TEMPERATURE = 1e-3
+"""What lies between 0 and this is greedy in all but name, and its scores leave the range of numbers."""
 _WORD = 2**64
+_BLOCK = 4  # words that Philox-4x64 makes of one counter
 
 
 def check_sampling(sampling: Sampling) -> None:
     """Raise :class:`UsageError` for values that mean nothing."""
     if sampling.max_new_tokens < 1:
         raise UsageError(f"max_new_tokens={sampling.max_new_tokens}", "ask for at least 1")
-    if not 0.0 <= sampling.temperature < float("inf"):
-        raise UsageError(f"temperature={sampling.temperature}", "give 0 (greedy) or a positive number")
+    if sampling.temperature != 0.0 and not MIN_TEMPERATURE <= sampling.temperature < float("inf"):
+        raise UsageError(f"temperature={sampling.temperature}", f"give 0 (greedy), or at least {MIN_TEMPERATURE}")
     if not 0.0 < sampling.top_p <= 1.0:
         raise UsageError(f"top_p={sampling.top_p}", "give a number above 0 and at most 1")
 
@@ -62,9 +65,26 @@ def gumbel_noise(seed: int, reference_id: str, step: int, size: int) -> NDArray[
     The uniform in (0, 1) is the top 52 bits of each raw word plus one half, so that its logarithm is always
     finite.
     """
+    philox = np.random.Philox(key=_key(seed, reference_id), counter=[0, step, 0, 0])
+    return _gumbel(np.asarray(philox.random_raw(size), dtype=np.uint64))
+
+
+def gumbel_noise_of(seed: int, reference_id: str, step: int, ids_K: NDArray[np.integer]) -> NDArray[np.float64]:  # noqa: N803
+    """:func:`gumbel_noise` of some token ids (K,) alone, (K,): the cost does not grow with the vocabulary."""
+    key = _key(seed, reference_id)
+    raw = [
+        np.random.Philox(key=key, counter=[int(token) // _BLOCK, step, 0, 0]).random_raw(_BLOCK)[int(token) % _BLOCK]
+        for token in ids_K
+    ]
+    return _gumbel(np.array(raw, dtype=np.uint64))
+
+
+def _key(seed: int, reference_id: str) -> NDArray[np.uint64]:
     name = int.from_bytes(hashlib.sha256(reference_id.encode()).digest()[:8], "little")
-    philox = np.random.Philox(key=np.array([seed % _WORD, name], dtype=np.uint64), counter=[0, step, 0, 0])
-    raw = np.asarray(philox.random_raw(size), dtype=np.uint64)
+    return np.array([seed % _WORD, name], dtype=np.uint64)
+
+
+def _gumbel(raw: NDArray[np.uint64]) -> NDArray[np.float64]:
     uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     noise: NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise

@@ -7,6 +7,7 @@ Numbers that contradict themselves are no honest mistake of rounding, so they ar
 3. Log-probabilities are as many as planned, and the top of one distribution: distinct ids, and no unlisted token can be likelier than the least listed one,
    so what is listed and what may be left must add up to 1.
 4. The chosen token's log-probability is the listed one, or no more than the least; in greedy generation it is the highest.
+5. At a temperature no listed token comes before the chosen one by the stated seed (:mod:`fpforensics.verifier.drawn`).
 
 Whether the numbers fit the claim is for replays to say.
 """
@@ -27,6 +28,7 @@ from fpforensics.common.signals import (
     dtype_name,
     generation_positions,
 )
+from fpforensics.verifier.drawn import Position, contradiction
 from fpforensics.verifier.intake import VerifiedBundle
 
 STORED: Mapping[str, str] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "fp64": "f64"}
@@ -64,7 +66,10 @@ def _require_trace(bundle: VerifiedBundle, row: Row, trace: Trace, prompt_ids: A
             )
         for block in _blocks(held):
             _require_distribution(block, row.facts.model.vocab_size, where)
-            _require_chosen(block, tokens, len(prompt_ids), bundle.evidence.sampling.temperature == 0, where)
+            sampling = bundle.evidence.sampling
+            _require_chosen(block, tokens, len(prompt_ids), sampling.temperature == 0, where)
+            if sampling.temperature > 0:
+                _require_drawn(bundle, row, trace, block, len(prompt_ids), where)
 
 
 def _blocks(held: PhaseTrace) -> Iterator[PhaseTrace]:
@@ -120,6 +125,19 @@ def _require_chosen(held: PhaseTrace, tokens: Array, prompt: int, greedy: bool, 
             f"{' (greedy)' * greedy}",
             _HINT,
         )
+
+
+def _require_drawn(bundle: VerifiedBundle, row: Row, trace: Trace, held: PhaseTrace, prompt: int, where: str) -> None:
+    for ids, logprobs, chosen, position in zip(
+        held.logprob_ids, held.logprobs, held.chosen_logprobs, held.positions, strict=True
+    ):
+        step = int(position) + 1 - prompt
+        if step < 0:
+            continue
+        at = Position(ids, logprobs, int(trace.output_ids[step]), float(chosen), step)
+        why = contradiction(at, bundle.evidence.sampling, trace.reference_id, row.facts.model.vocab_size)
+        if why:
+            raise EvidenceError(f"{where}, position {position}: token {at.token} follows, but {why}", _HINT)
 
 
 def _span(positions: Array) -> str:

@@ -271,8 +271,16 @@ CHOICES = (
         how=sampled_tokens_of_another_request,
         other="sdpa",
         honest_how=as_it_is,
+        caught=("REFUSED",),
+        lineup=("attn=eager",),
+        careless=True,
+    ),
+    Attack(
+        name="the tokens of another request, made what the seed draws",
+        how=sampled_tokens_of_another_request,
+        other="sdpa",
+        honest_how=as_it_is,
         caught=NOT_CONSISTENT,
         lineup=("attn=eager",),
-        missed="what is sampled is not drawn again from the seed and the replay",
     ),
 )

@@ -11,6 +11,7 @@ import numpy as np
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines.base import EngineFacts
 from fpforensics.common.evidence import Evidence
+from fpforensics.common.sampling import gumbel_noise_of
 from fpforensics.common.signals import PHASES, Array, CapturePlan, Phase, PhaseTrace, Reference, Sampling, Trace
 from fpforensics.verifier.score import EARLY
 
@@ -98,28 +99,33 @@ def with_layers(shown: Shown, layers: tuple[str, ...]) -> Shown:
 
 
 def coherent(shown: Shown) -> Shown:
-    """What a careful liar does last: its log-probabilities are those of one distribution, in which each generated token is likeliest."""
+    """What a careful liar does last: its log-probabilities are those of one distribution, in which each generated token is likeliest,
+    or drawn by the seed that it states.
+    """
 
     def one(reference: Reference, trace: Trace) -> Trace:
         tokens = np.concatenate([reference.prompt_ids, trace.output_ids])
-        phases = {
-            phase: _likeliest(trace.phase(phase), tokens, len(reference.prompt_ids), shown.sampling) for phase in PHASES
-        }
+        phases = {phase: _following(trace.phase(phase), tokens, reference, shown.sampling) for phase in PHASES}
         return replace(trace, **phases)
 
     return shown.of([one(*pair) for pair in zip(shown.references, shown.traces, strict=True)])
 
 
-def _likeliest(held: PhaseTrace, tokens: Array, prompt: int, sampling: Sampling) -> PhaseTrace:
+def _following(held: PhaseTrace, tokens: Array, reference: Reference, sampling: Sampling) -> PhaseTrace:
     ids, logprobs = held.logprob_ids.copy(), held.logprobs.astype(np.float64)
     chosen = held.chosen_logprobs.copy()
     for row, position in enumerate(held.positions):
-        token = tokens[position + 1]
-        if position + 1 >= prompt and sampling.temperature == 0:
+        token, step = tokens[position + 1], position + 1 - len(reference.prompt_ids)
+        if step >= 0:
             if token not in ids[row]:
                 ids[row, np.argmin(logprobs[row])] = token
             own, best = np.argmax(ids[row] == token), np.argmax(logprobs[row])
-            logprobs[row, [own, best]] = logprobs[row, [best, own]]
+            if sampling.temperature == 0:
+                logprobs[row, [own, best]] = logprobs[row, [best, own]]
+            else:
+                noise = sampling.temperature * gumbel_noise_of(sampling.seed, reference.id, int(step), ids[row])
+                least = np.delete(logprobs[row] + noise, own).max() - noise[own] + 1e-3
+                logprobs[row, own] = max(logprobs[row, own], least)
         listed = np.exp(logprobs[row]).sum()
         most = listed + (VOCABULARY - len(ids[row])) * np.exp(logprobs[row].min())
         logprobs[row] -= max(np.log(listed), 0) + min(np.log(most), 0)

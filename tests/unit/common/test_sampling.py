@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fpforensics.common.errors import UsageError
-from fpforensics.common.sampling import check_sampling, choose, gumbel_noise, nucleus
+from fpforensics.common.sampling import check_sampling, choose, gumbel_noise, gumbel_noise_of, nucleus
 from fpforensics.common.signals import Sampling
 
 LOGPROBS = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
@@ -73,6 +73,12 @@ def test_noise_depends_on_seed_reference_and_step() -> None:
         assert not np.intersect1d(base, other).size
 
 
+@given(st.lists(st.integers(0, 499), min_size=1, max_size=9), st.integers(0, 2**64), st.integers(0, 300))
+def test_the_noise_of_some_tokens_is_that_of_all(ids: list[int], seed: int, step: int) -> None:
+    every = gumbel_noise(seed, "ref_0", step, 500)
+    assert np.array_equal(gumbel_noise_of(seed, "ref_0", step, np.array(ids)), every[ids])
+
+
 def test_noise_is_pinned() -> None:
     """Another release must draw the same noise, or old evidence could not be sampled again."""
     assert gumbel_noise(0, "ref_0", 0, 3) == pytest.approx(PINNED, abs=1e-12)
@@ -87,6 +93,7 @@ def test_negative_and_huge_seeds_are_taken_modulo_2_to_64() -> None:
     [
         Sampling(max_new_tokens=0),
         Sampling(temperature=-0.1),
+        Sampling(temperature=1e-4),
         Sampling(temperature=float("nan")),
         Sampling(temperature=float("inf")),
         Sampling(top_p=0.0),
