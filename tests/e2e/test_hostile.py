@@ -23,7 +23,7 @@ INDEX = json.loads((ASSETS / "index.json").read_text())
 def run_check(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["verifier", "check", *arguments])
+    monkeypatch.setattr(sys, "argv", ["verifier", "check", "-q", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr()
