@@ -33,7 +33,7 @@ from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrice
 from fpforensics.verifier.replay import fingerprint, held_layers
 from fpforensics.verifier.suite.folder import is_full
 from fpforensics.verifier.suite.journal import Entry, Journal
-from fpforensics.verifier.suite.left import say_left
+from fpforensics.verifier.suite.left import Left
 from fpforensics.verifier.suite.model import Experiment, Variant
 from fpforensics.verifier.suite.plan import jobs_of, plan_jobs, plan_replays, replay_id
 from fpforensics.verifier.suite.sessions import Loads, Report, Setting
@@ -75,7 +75,7 @@ def run_replays(
     if not setting.suite.replay.enabled:
         return
     finished = journal.latest("finished")
-    planned = plan_replays(setting.suite)
+    planned, left = plan_replays(setting.suite), Left(setting, journal)
     for number, each in enumerate(planned, start=1):
         wanted = {job: finished[job].digest for job in each.jobs if job in finished}
         known = read_replay(setting.folder.replay(each.name))
@@ -87,7 +87,7 @@ def run_replays(
         last = journal.latest().get(name)
         if last is not None and last.event == "skipped" and not again:
             continue
-        place = f"replay {number} of {len(planned)}{say_left(setting.suite, journal)}"
+        place = f"replay {number} of {len(planned)}{left}"
         where = f"{', '.join(each.experiments[:2])}: {each.name} ({place})"
 
         def tell(stage: str, done: int, total: int, where: str = where) -> None:
