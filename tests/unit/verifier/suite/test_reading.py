@@ -10,8 +10,9 @@ from click.testing import CliRunner
 from suite_world import TOML
 
 from fpforensics.common.errors import UsageError
+from fpforensics.verifier.check import run_as
 from fpforensics.verifier.cli.suite import suite as command
-from fpforensics.verifier.suite.plan import describe, model_loads, plan_jobs, session_plan
+from fpforensics.verifier.suite.plan import describe, model_loads, plan_jobs, plan_replays, session_plan
 from fpforensics.verifier.suite.reading import BUILTIN, find_suite, parse_suite
 
 NINE = [
@@ -26,6 +27,10 @@ NINE = [
 ]
 
 
+FOLDER = Path(__file__).parents[4] / "examples" / "suites"
+EXAMPLES = sorted(FOLDER.glob("*.toml"))
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_builtin(name: str) -> None:
     suite = find_suite(name)
@@ -36,6 +41,25 @@ def test_builtin(name: str) -> None:
     for job in jobs:
         session_plan(suite, job.variant, "")
     assert suite.title in describe(suite)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples(path: Path) -> None:
+    done = CliRunner().invoke(command, ["validate", str(path)])
+    assert done.exit_code == 0, done.output
+    suite = find_suite(str(path))
+    assert (suite.name, [each.name for each in suite.experiments]) == (path.stem, NINE)
+
+
+def test_the_rehearsal_of_two_gpus_differs_in_what_a_cpu_runs_alone() -> None:
+    there, here = (find_suite(str(FOLDER / f"{name}.toml")) for name in ("two-gpus-vllm", "two-ranks-vllm-cpu"))
+    for name in ("baseline", "references", "capture", "replay", "repetitions"):
+        assert getattr(there, name) == getattr(here, name)
+    other = [ours.name for theirs, ours in zip(there.experiments, here.experiments, strict=True) if theirs != ours]
+    assert other == ["quantization", "attention"]
+    # Of these, what a CPU's replay of a GPU's evidence is without vLLM: formats that only vLLM has are not replayed.
+    replays = [run_as(each.variant.config, there.replay.using) for each in plan_replays(there)]
+    assert {each.quantization for each in replays if each.backend == "vllm"} == {"fp8"}
 
 
 def test_megaplan_is_the_plan() -> None:

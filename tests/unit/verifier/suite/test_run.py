@@ -57,6 +57,8 @@ def test_skipped_with_reasons(unbroken: Path) -> None:
     assert "ep=2" in config["reason"]
     assert experiments["cuda_version"]["skipped"] == "no other interpreter here"
     page = (unbroken / "report.html").read_text()
+    assert "tiny: transformers, none, sdpa, bf16" in page
+    assert "in decode mode, on auto" in page
     assert "no other interpreter here" in page
     assert "src=" not in page
     assert "<script" not in page
