@@ -25,7 +25,6 @@ from fpforensics.common.errors import (
     shorten,
 )
 from fpforensics.common.models import resolve_model, weights_digest
-from fpforensics.verifier.check import run_as
 from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.distance import Cell, trace_distances
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
@@ -35,7 +34,7 @@ from fpforensics.verifier.suite.folder import is_full
 from fpforensics.verifier.suite.journal import Entry, Journal
 from fpforensics.verifier.suite.left import Left
 from fpforensics.verifier.suite.model import Experiment, Variant
-from fpforensics.verifier.suite.plan import jobs_of, plan_jobs, plan_replays, replay_id
+from fpforensics.verifier.suite.plan import jobs_of, plan_jobs, plan_replays, replay_id, replayed_as
 from fpforensics.verifier.suite.sessions import Loads, Report, Setting
 
 MAX_REASON = 600
@@ -136,7 +135,8 @@ def claimed_verified(setting: Setting, experiment: Experiment, prover: str) -> t
     measurements: list[Measurement] = []
     prints: dict[str, dict[str, str]] = {}
     for variant, _ in jobs:
-        measured = read_replay(setting.folder.replay(replays[variant.arithmetic]))
+        loaded = replayed_as(setting.suite, variant)
+        measured = read_replay(setting.folder.replay(replays[loaded.arithmetic]))
         for claimed, job in jobs:
             found = measured.claimed.get(job.id) if measured else None
             if found is None or not setting.folder.bundle(job.id).exists():
@@ -160,7 +160,7 @@ def claimed_verified(setting: Setting, experiment: Experiment, prover: str) -> t
 def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Report) -> ReplayFile:
     settings = setting.suite.replay
     host = setting.host(settings.device, variant)
-    config = run_as(variant.config, settings.using)
+    config = variant.config
     require_runnable([config], host)
     held = weights_digest(resolve_model(config.model, config.revision, setting.models).path)
     keyring = setting.folder.keyring()

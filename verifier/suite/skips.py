@@ -11,7 +11,6 @@ from fpforensics.common.engines.preflight import require_possible, require_runna
 from fpforensics.common.errors import Error
 from fpforensics.common.models import resolve_model
 from fpforensics.prover.session import check_fit
-from fpforensics.verifier.check import run_as
 from fpforensics.verifier.suite.model import LOCAL, Variant
 from fpforensics.verifier.suite.plan import Job, plan_jobs, plan_replays, replay_id, session_plan
 from fpforensics.verifier.suite.sessions import Setting
@@ -58,9 +57,8 @@ def _no_session(setting: Setting, job: Job, find: Find) -> str:
 
 
 def _no_replay(setting: Setting, variant: Variant) -> str:
-    settings = setting.suite.replay
     try:
-        require_runnable([run_as(variant.config, settings.using)], setting.host(settings.device, variant))
+        require_runnable([variant.config], setting.host(setting.suite.replay.device, variant))
     except Error as error:
         return error.diagnostics()
     return ""

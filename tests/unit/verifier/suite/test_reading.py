@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from suite_world import TOML
 
 from fpforensics.common.errors import UsageError
-from fpforensics.verifier.check import run_as
 from fpforensics.verifier.cli.suite import suite as command
 from fpforensics.verifier.suite.plan import describe, model_loads, plan_jobs, plan_replays, session_plan
 from fpforensics.verifier.suite.reading import BUILTIN, find_suite, parse_suite
@@ -57,9 +56,18 @@ def test_the_rehearsal_of_two_gpus_differs_in_what_a_cpu_runs_alone() -> None:
         assert getattr(there, name) == getattr(here, name)
     other = [ours.name for theirs, ours in zip(there.experiments, here.experiments, strict=True) if theirs != ours]
     assert other == ["quantization", "attention"]
-    # Of these, what a CPU's replay of a GPU's evidence is without vLLM: formats that only vLLM has are not replayed.
-    replays = [run_as(each.variant.config, there.replay.using) for each in plan_replays(there)]
-    assert {each.quantization for each in replays if each.backend == "vllm"} == {"fp8"}
+    # One replay for all that transformers runs alike; formats that only vLLM has are not replayed without it.
+    replays = {each.name: each.variant.config for each in plan_replays(there)}
+    assert list(replays) == [
+        "baseline",
+        "model=moe-awq_quant=awq_marlin",
+        "model=moe-gptq_quant=gptq_marlin",
+        "quant=bnb-nf4",
+        "quant=fp8",
+        "cu118",
+        "tp=2",
+    ]
+    assert [name for name, config in replays.items() if config.backend == "vllm"] == ["quant=fp8"]
 
 
 def test_megaplan_is_the_plan() -> None:
@@ -80,6 +88,7 @@ def test_megaplan_is_the_plan() -> None:
         ("top_k = 4", "topk = 4", ["[capture]", "'topk' = 4", "'top_k'"]),
         ('"attn=eager"', '"attn=eagr"', ["[experiment[0]]", "attn=eagr", "did you mean 'eager'?"]),
         ('"attn=eager"', '"attn=sdpa"', ["[experiment[0]]", "the baseline itself"]),
+        ("[references]", '[replay]\nusing = "dtype=fp32"\n[references]', ["[replay]", "using", "backend=transformers"]),
         ('variable = "attn"', "variable = 7", ["[experiment[0]]", "variable = 7", "a string"]),
         ('values = ["attn=eager"]', "", ["values is missing"]),
         ('name = "expert_parallel"', 'name = "attention"', ["experiment 'attention' is given twice"]),

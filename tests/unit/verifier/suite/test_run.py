@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from suite_world import FINISHED, Starts, make, opened, results, run
+from suite_world import FINISHED, TOML, Starts, make, opened, results, run
 
 from fpforensics.common.keys import Keyring
 from fpforensics.common.lab.reader import open_experiment
@@ -83,6 +83,25 @@ def test_loads_are_least(tiny: Path, tmp_path: Path) -> None:
     assert isinstance(starts, Starts)
     # Three configs once, one twice for its reloads; then each of the four once to replay.
     assert len(starts.configs) == 3 + 2 + 4
+
+
+def test_what_is_run_alike_is_replayed_once(tiny: Path, tmp_path: Path) -> None:
+    given = '[replay]\nusing = "matmul=fp32-rounded"\n[references]'
+    toml = TOML.replace("[references]", given).replace('"attn=eager"', '"attn=eager", "matmul=fp32-rounded"')
+    setting = make(tmp_path / "run", tiny, toml)
+    run(setting)
+    assert {each.stem for each in setting.folder.replays.iterdir()} == {
+        "baseline",
+        "attn=eager",
+        "emulate_tp=2",
+        "concurrent=true",
+    }
+    attention, *_ = json.loads((setting.folder.path / "experiments.json").read_text())
+    for each in attention["matrices"]["local"]:
+        assert each["rows"] == each["columns"] == ["baseline", "attn=eager", "matmul=fp32-rounded"]
+        assert all(row[0] == row[2] for row in each["aggregate"])
+        classes = {(pair["a"], pair["b"]): pair["same_kernel_class"] for pair in each["pairwise"]}
+        assert classes["baseline", "matmul=fp32-rounded"]
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 6, 9])
