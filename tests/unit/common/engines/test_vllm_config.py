@@ -305,6 +305,7 @@ def test_checkpoints_that_fit(tmp_path: Path, spec: str) -> None:
             "attn=auto does not run on cuda",
         ),
         (ValueError("Failed to find a kernel that can implement the WNA16 linear layer."), ReplayError, "quant=none"),
+        (NotImplementedError("No Int8 MoE backend supports it"), ReplayError, "quant=none does not run on cuda"),
         (ValueError("Total number of heads must be divisible by tensor parallel size"), UsageError, "use another tp"),
         (ValueError("World size (8) is larger than the number of available GPUs"), ReplayError, "use fewer ranks"),
         (KeyError("surprise"), ReplayError, "vLLM failed: KeyError"),
