@@ -154,7 +154,14 @@ def claimed_verified(setting: Setting, experiment: Experiment, prover: str) -> t
     if not measurements:
         return ()
     classes = kernel_classes((a, b) for a, b in combinations(prints, 2) if prints[a] == prints[b])
-    return tuple(matrix.to_report(classes) for matrix in build_matrices(measurements))
+    return tuple(_pairs_that_ran(matrix.to_report(classes)) for matrix in build_matrices(measurements))
+
+
+def _pairs_that_ran(report: MatrixReport) -> MatrixReport:
+    """Nothing is decided about a config that left no evidence: its replay is a column, beside what did run."""
+    ran = frozenset(report.rows)
+    pairs = tuple(pair for pair in report.pairwise if {pair.a, pair.b} <= ran)
+    return msgspec.structs.replace(report, pairwise=pairs)
 
 
 def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Report) -> ReplayFile:

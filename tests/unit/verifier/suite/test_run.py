@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from fake_engine import drifting_engine
 from suite_world import FINISHED, TOML, Starts, make, opened, results, run
 
 from fpforensics.common.keys import Keyring
@@ -74,6 +75,16 @@ def test_matrices(unbroken: Path) -> None:
         assert each["rows"] == each["columns"] == ["baseline", "attn=eager"]
         assert each["aggregate"][0][0] == 0.0  # the same machine, the same config: the same bits
         assert all("decision" in pair and "label" in pair for pair in each["pairwise"])
+
+
+def test_nothing_is_decided_about_what_left_no_evidence(unbroken: Path, tiny: Path, tmp_path: Path) -> None:
+    setting = make(tmp_path / "run", tiny, start=Starts(engine=drifting_engine))
+    run(setting)
+    for folder, pairs in ((unbroken, 1), (setting.folder.path, 0)):
+        attention, *_ = json.loads((folder / "experiments.json").read_text())
+        for each in attention["matrices"]["local"]:
+            assert each["columns"] == ["baseline", "attn=eager"]
+            assert (len(each["rows"]), len(each["pairwise"])) == (1 + pairs, pairs)
 
 
 def test_loads_are_least(tiny: Path, tmp_path: Path) -> None:
