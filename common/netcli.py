@@ -87,7 +87,12 @@ def make_access(options: AccessOptions) -> Access:
     """The :class:`Access` that the options describe."""
     from fpforensics.common.access import Access
 
-    return Access(**options)
+    return Access(
+        tls_roots=options["tls_roots"],
+        tls_cert=options["tls_cert"],
+        tls_key=options["tls_key"],
+        token_file=options["token_file"],
+    )
 
 
 def max_seconds_option(what: str) -> Callable[[F], F]:

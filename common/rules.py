@@ -133,10 +133,11 @@ def _check_concurrent_work(row: Row, where: str) -> None:
     """One entry for each repetition of a config that has it, each of enough overlap to be a result; none for another."""
     entries, expected = row.facts.concurrent_work, row.repetitions.count if row.config.concurrent_work else 0
     if len(entries) != expected:
+        too_old = "the prover is too old to measure it: run the session again with a newer one"
         raise EvidenceError(
             f"{where}: concurrent={str(row.config.concurrent_work).lower()}, {counted(row.repetitions.count, 'repetition')} "
             f"and {counted(len(entries), 'measurement')} of concurrent work",
-            "one for each repetition where it is true, else none",
+            too_old if expected and not entries else "one for each repetition where it is true, else none",
         )
     for number, entry in enumerate(entries, start=1):
         _check_work(entry, f"{where}, repetition {number}, concurrent work")

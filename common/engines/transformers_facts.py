@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 
 import torch
@@ -13,6 +14,7 @@ from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines.base import ModelFacts
 from fpforensics.common.engines.transformers_load import int4_group_size
 
+_LAYER = re.compile(r"\.\d+(?=\.)")
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
@@ -39,11 +41,11 @@ def model_facts(model: PreTrainedModel, name: str, digest: str) -> ModelFacts:
 
 
 def quantized_modules(model: nn.Module, config: ExecutionConfig) -> str:
-    """How many linear layers hold quantized weights, and in which class; empty for unquantized configs."""
+    """How many linear layers and fused experts hold quantized weights, and in which class; empty for unquantized configs."""
     if config.quantization == "none":
         return ""
     holders: Counter[str] = Counter()
-    plain: list[str] = []
+    plain: dict[str, None] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if type(module).__module__.startswith("bitsandbytes"):
@@ -52,18 +54,23 @@ def quantized_modules(model: nn.Module, config: ExecutionConfig) -> str:
             holders[f"{config.quantization} dequantized at load to {config.dtype}"] += 1
         elif type(weight).__module__.startswith("torchao"):
             holders[f"torchao.{type(weight).__name__}"] += 1
-        elif isinstance(module, nn.Linear):
-            plain.append(name)
+        elif isinstance(module, nn.Linear) or _is_fused(module):
+            plain[_LAYER.sub(".*", name)] = None
     parts = [f"{name} x{count}" for name, count in sorted(holders.items())]
     if config.quantization == "torchao-int4":
         parts.append(f"int4 asymmetric, groups of {int4_group_size(model.config)}")
     if config.quantization == "bnb-int8" and config.dtype != "fp16":
         parts.append("activations cast to float16")
     if plain:
-        parts.append(f"not quantized: {', '.join(plain[:3])}{', …' if len(plain) > 3 else ''}")
+        parts.append(f"not quantized: {', '.join(list(plain)[:3])}{', …' if len(plain) > 3 else ''}")
     if config.matmul == "fp32-rounded":
         parts.append("dequantized once, products in float32")
     return "; ".join(parts)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds its experts' weights as one tensor, as libraries that quantize linear layers leave it."""
+    return any(weights.dim() == 3 for weights in module.parameters(recurse=False)) and "xperts" in type(module).__name__
 
 
 def numerics(model: PreTrainedModel, config: ExecutionConfig) -> dict[str, str]:

@@ -71,6 +71,7 @@ def mark_dequantized(model: PreTrainedModel, path: Path) -> None:
     stored = {
         tensor.name.removesuffix(".qweight") for tensor in stored_tensors(path) if tensor.name.endswith(".qweight")
     }
+    fused = {name.partition(".experts.")[0] + ".experts" for name in stored if ".experts." in name}
     for name, module in model.named_modules():
-        if name in stored:
+        if name in stored or (name in fused and next(module.parameters(recurse=False), None) is not None):
             module.dequantized = True

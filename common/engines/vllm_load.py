@@ -207,7 +207,7 @@ def _explain(config: ExecutionConfig, device: str, error: Exception) -> Error:
     ):
         way_out = "use backend=transformers" if config.attention == "auto" else "use attn=auto"
         return ReplayError(f"attn={config.attention} does not run on {device}: {text[:300]}", way_out)
-    if "uantiz" in text or "WNA16" in text or "linear-backend" in text or "Marlin" in text:
+    if any(part in text for part in ("uantiz", "WNA16", "linear-backend", "Marlin", "MoE backend")):
         return ReplayError(
             f"quant={config.quantization} does not run on {device}: {text[:300]}",
             "use another quantization, or backend=transformers",

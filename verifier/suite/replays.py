@@ -25,7 +25,6 @@ from fpforensics.common.errors import (
     shorten,
 )
 from fpforensics.common.models import resolve_model, weights_digest
-from fpforensics.verifier.check import run_as
 from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.distance import Cell, trace_distances
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
@@ -33,9 +32,9 @@ from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrice
 from fpforensics.verifier.replay import fingerprint, held_layers
 from fpforensics.verifier.suite.folder import is_full
 from fpforensics.verifier.suite.journal import Entry, Journal
-from fpforensics.verifier.suite.left import say_left
+from fpforensics.verifier.suite.left import Left
 from fpforensics.verifier.suite.model import Experiment, Variant
-from fpforensics.verifier.suite.plan import jobs_of, plan_jobs, plan_replays, replay_id
+from fpforensics.verifier.suite.plan import jobs_of, plan_jobs, plan_replays, replay_id, replayed_as
 from fpforensics.verifier.suite.sessions import Loads, Report, Setting
 
 MAX_REASON = 600
@@ -75,7 +74,7 @@ def run_replays(
     if not setting.suite.replay.enabled:
         return
     finished = journal.latest("finished")
-    planned = plan_replays(setting.suite)
+    planned, left = plan_replays(setting.suite), Left(setting, journal)
     for number, each in enumerate(planned, start=1):
         wanted = {job: finished[job].digest for job in each.jobs if job in finished}
         known = read_replay(setting.folder.replay(each.name))
@@ -87,7 +86,7 @@ def run_replays(
         last = journal.latest().get(name)
         if last is not None and last.event == "skipped" and not again:
             continue
-        place = f"replay {number} of {len(planned)}{say_left(setting.suite, journal)}"
+        place = f"replay {number} of {len(planned)}{left}"
         where = f"{', '.join(each.experiments[:2])}: {each.name} ({place})"
 
         def tell(stage: str, done: int, total: int, where: str = where) -> None:
@@ -136,7 +135,8 @@ def claimed_verified(setting: Setting, experiment: Experiment, prover: str) -> t
     measurements: list[Measurement] = []
     prints: dict[str, dict[str, str]] = {}
     for variant, _ in jobs:
-        measured = read_replay(setting.folder.replay(replays[variant.arithmetic]))
+        loaded = replayed_as(setting.suite, variant)
+        measured = read_replay(setting.folder.replay(replays[loaded.arithmetic]))
         for claimed, job in jobs:
             found = measured.claimed.get(job.id) if measured else None
             if found is None or not setting.folder.bundle(job.id).exists():
@@ -154,13 +154,20 @@ def claimed_verified(setting: Setting, experiment: Experiment, prover: str) -> t
     if not measurements:
         return ()
     classes = kernel_classes((a, b) for a, b in combinations(prints, 2) if prints[a] == prints[b])
-    return tuple(matrix.to_report(classes) for matrix in build_matrices(measurements))
+    return tuple(_pairs_that_ran(matrix.to_report(classes)) for matrix in build_matrices(measurements))
+
+
+def _pairs_that_ran(report: MatrixReport) -> MatrixReport:
+    """Nothing is decided about a config that left no evidence: its replay is a column, beside what did run."""
+    ran = frozenset(report.rows)
+    pairs = tuple(pair for pair in report.pairwise if {pair.a, pair.b} <= ran)
+    return msgspec.structs.replace(report, pairwise=pairs)
 
 
 def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Report) -> ReplayFile:
     settings = setting.suite.replay
     host = setting.host(settings.device, variant)
-    config = run_as(variant.config, settings.using)
+    config = variant.config
     require_runnable([config], host)
     held = weights_digest(resolve_model(config.model, config.revision, setting.models).path)
     keyring = setting.folder.keyring()

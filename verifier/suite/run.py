@@ -32,7 +32,7 @@ from fpforensics.common.signals import Trace, first_divergence
 from fpforensics.verifier.intake import open_bundle
 from fpforensics.verifier.suite.folder import is_full
 from fpforensics.verifier.suite.journal import DONE, ENDED, Entry, Journal
-from fpforensics.verifier.suite.left import say_left
+from fpforensics.verifier.suite.left import Left
 from fpforensics.verifier.suite.plan import Job, lanes_of, plan_jobs
 from fpforensics.verifier.suite.sessions import Held, Loads, Report, Setting, adopt, fetch, new_nonce
 
@@ -71,7 +71,7 @@ def run_sessions(
     """
     clock = clock or Clock()
     jobs = plan_jobs(setting.suite)
-    run = _Run(setting, journal, report, clock, again, jobs, setting.folder.keyring())
+    run = _Run(setting, journal, report, clock, again, jobs, setting.folder.keyring(), Left(setting, journal))
     lanes = lanes_of(jobs)
     with ThreadPoolExecutor(len(lanes)) as pool:
         try:
@@ -94,6 +94,7 @@ class _Run:
     again: bool
     jobs: Sequence[Job]
     keyring: Keyring
+    left: Left
     failures: list[BaseException] = field(default_factory=list)
 
     def lane(self, jobs: Sequence[Job]) -> None:
@@ -119,7 +120,7 @@ class _Run:
             if last is None or (last.event, last.reason) != ("blocked", reason):
                 journal.add(Entry(event="blocked", job=job.id, at=now(), reason=reason))
             return
-        place = f"session {self.jobs.index(job) + 1} of {len(self.jobs)}{say_left(setting.suite, journal)}"
+        place = f"session {self.jobs.index(job) + 1} of {len(self.jobs)}{self.left}"
         where = f"{', '.join(job.experiments[:2]) or 'reference'}: {job.id} ({place})"
 
         def tell(stage: str, done: int, total: int) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fpforensics.common.config import ExecutionConfig
-from fpforensics.common.errors import Error, ReplayError, UsageError
+from fpforensics.common.errors import ReplayError, UsageError
 from fpforensics.common.models import download_bytes
 from fpforensics.verifier.suite.finding import (
     MODELS_SPACE,
@@ -21,10 +21,8 @@ from fpforensics.verifier.suite.finding import (
 from fpforensics.verifier.suite.model import References, Suite
 from fpforensics.verifier.suite.plan import plan_jobs, plan_replays
 from fpforensics.verifier.suite.sessions import Setting
+from fpforensics.verifier.suite.skips import Find
 from fpforensics.verifier.suite.trial import Trial
-
-Find = Callable[[ExecutionConfig], Path | Error]
-"""The folder of a config's checkpoint, or why it is not on this machine."""
 
 _DISTANCE_BYTES = 120  # one distance of a replay's file: its cell's names and the number
 _HINT = "free space, or choose another place"

@@ -95,6 +95,7 @@ def test_rules(tmp_path: Path, entries: list[Any], concurrent: bool, said: str) 
     with pytest.raises(EvidenceError) as refused:
         write_synthetic(tmp_path / "b.msgpack", change=stating(made, concurrent))
     assert said in refused.value.message
+    assert ("run the session again" in refused.value.hint) == (not entries)  # what provers before this rule left
     assert not (tmp_path / "b.msgpack").exists()
 
 

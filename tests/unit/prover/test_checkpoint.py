@@ -113,6 +113,16 @@ def test_formats_hold_the_source_s_weights(tiny_llama: Path, tmp_path: Path) -> 
         )
 
 
+@pytest.mark.parametrize("name", [name for name in OURS if name not in ("awq", "gptq")])
+def test_routers_of_experts_are_declared_unquantized(tiny_qwen3_moe: Path, tmp_path: Path, name: str) -> None:
+    made = make_checkpoint(str(tiny_qwen3_moe), name, output=tmp_path / name).path
+    stored = {tensor.name for tensor in stored_tensors(made)}
+    ignored = read_config(made)["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(4))]
+    assert {f"{each}.weight" for each in ignored} <= stored
+    assert "model.layers.0.mlp.experts.0.gate_proj.weight_scale" in stored
+
+
 def test_cache_is_used_and_mended(tiny_llama: Path) -> None:
     first = make_checkpoint(str(tiny_llama), "gptq")
     assert first.fresh

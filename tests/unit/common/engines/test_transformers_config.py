@@ -138,6 +138,12 @@ def test_facts_name_the_quantization(tiny_llama: Path, spec: str, package: str, 
     assert bool(facts.quantization_kernel) == bool(parts)
 
 
+def test_facts_say_that_fused_experts_are_not_quantized(tiny_qwen3_moe: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    said = run(tiny_qwen3_moe, "quant=bnb-nf4").quantization_kernel
+    assert "bitsandbytes.Linear4bit x16; not quantized: model.layers.*.mlp.experts, lm_head" in said
+
+
 def test_facts_describe_model_batch_and_numerics(tiny_qwen3_moe: Path) -> None:
     facts = run(tiny_qwen3_moe, "batch=3,matmul=fp32-rounded")
     assert facts.device == "cpu" and facts.gpu == ""

@@ -54,6 +54,15 @@ def test_replay_is_bit_identical_and_far_from_unquantized(
     assert np.linalg.norm(after - before) > 0.02 * np.linalg.norm(before)
 
 
+def test_fused_experts_are_dequantized_too(tiny_qwen3_moe: Path, tmp_path: Path) -> None:
+    path = make_checkpoint(str(tiny_qwen3_moe), "awq", group_size=32, output=tmp_path / "awq").path
+    whole, _ = run(tiny_qwen3_moe, "dtype=bf16")
+    rounded, facts = run(path, "dtype=bf16,quant=awq")
+    assert facts.quantization_kernel == "awq dequantized at load to bf16 x20; not quantized: lm_head"
+    before, after = (traces[0].phase("prefill").hidden_states["1"].astype(np.float64) for traces in (whole, rounded))
+    assert np.linalg.norm(after - before) > 0.02 * np.linalg.norm(before)
+
+
 def test_gptq_holds_the_weights_that_compressed_tensors_reads(made: dict[str, Path]) -> None:
     # Same levels, same scales, another library: compressed-tensors' own decompression is the judge of our layout.
     pytest.importorskip("compressed_tensors", reason="pip install 'fpforensics[compressed-tensors]'")

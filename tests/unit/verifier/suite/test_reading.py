@@ -11,7 +11,7 @@ from suite_world import TOML
 
 from fpforensics.common.errors import UsageError
 from fpforensics.verifier.cli.suite import suite as command
-from fpforensics.verifier.suite.plan import describe, model_loads, plan_jobs, session_plan
+from fpforensics.verifier.suite.plan import describe, model_loads, plan_jobs, plan_replays, session_plan
 from fpforensics.verifier.suite.reading import BUILTIN, find_suite, parse_suite
 
 NINE = [
@@ -26,6 +26,10 @@ NINE = [
 ]
 
 
+FOLDER = Path(__file__).parents[4] / "examples" / "suites"
+EXAMPLES = sorted(FOLDER.glob("*.toml"))
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_builtin(name: str) -> None:
     suite = find_suite(name)
@@ -36,6 +40,34 @@ def test_builtin(name: str) -> None:
     for job in jobs:
         session_plan(suite, job.variant, "")
     assert suite.title in describe(suite)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples(path: Path) -> None:
+    done = CliRunner().invoke(command, ["validate", str(path)])
+    assert done.exit_code == 0, done.output
+    suite = find_suite(str(path))
+    assert (suite.name, [each.name for each in suite.experiments]) == (path.stem, NINE)
+
+
+def test_the_rehearsal_of_two_gpus_differs_in_what_a_cpu_runs_alone() -> None:
+    there, here = (find_suite(str(FOLDER / f"{name}.toml")) for name in ("two-gpus-vllm", "two-ranks-vllm-cpu"))
+    for name in ("baseline", "references", "capture", "replay", "repetitions"):
+        assert getattr(there, name) == getattr(here, name)
+    other = [ours.name for theirs, ours in zip(there.experiments, here.experiments, strict=True) if theirs != ours]
+    assert other == ["quantization", "attention"]
+    # One replay for all that transformers runs alike; formats that only vLLM has are not replayed without it.
+    replays = {each.name: each.variant.config for each in plan_replays(there)}
+    assert list(replays) == [
+        "baseline",
+        "model=moe-awq_quant=awq_marlin",
+        "model=moe-gptq_quant=gptq_marlin",
+        "quant=bnb-nf4",
+        "quant=fp8",
+        "cu118",
+        "tp=2",
+    ]
+    assert [name for name, config in replays.items() if config.backend == "vllm"] == ["quant=fp8"]
 
 
 def test_megaplan_is_the_plan() -> None:
@@ -56,6 +88,7 @@ def test_megaplan_is_the_plan() -> None:
         ("top_k = 4", "topk = 4", ["[capture]", "'topk' = 4", "'top_k'"]),
         ('"attn=eager"', '"attn=eagr"', ["[experiment[0]]", "attn=eagr", "did you mean 'eager'?"]),
         ('"attn=eager"', '"attn=sdpa"', ["[experiment[0]]", "the baseline itself"]),
+        ("[references]", '[replay]\nusing = "dtype=fp32"\n[references]', ["[replay]", "using", "backend=transformers"]),
         ('variable = "attn"', "variable = 7", ["[experiment[0]]", "variable = 7", "a string"]),
         ('values = ["attn=eager"]', "", ["values is missing"]),
         ('name = "expert_parallel"', 'name = "attention"', ["experiment 'attention' is given twice"]),

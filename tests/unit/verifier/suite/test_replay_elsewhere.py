@@ -60,3 +60,10 @@ def test_replays_made_in_another_way_are_not_mixed(moved: Path, tiny: Path) -> N
     with pytest.raises(UsageError, match=r"holds replays made with mode=prefill, using='', device=auto"):
         replay_as(moved, tiny, mode="decode")
     assert Folder(moved).load().suite.replay == ReplaySettings(mode="prefill")
+
+
+def test_a_using_that_means_nothing_changes_nothing(moved: Path, tiny: Path) -> None:
+    before = Folder(moved).load()
+    with pytest.raises(UsageError, match="matmull"):
+        replay_as(moved, tiny, using="matmull=native")
+    assert Folder(moved).load() == before

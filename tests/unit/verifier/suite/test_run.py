@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from suite_world import FINISHED, Starts, make, opened, results, run
+from fake_engine import drifting_engine
+from suite_world import FINISHED, TOML, Starts, make, opened, results, run
 
 from fpforensics.common.keys import Keyring
 from fpforensics.common.lab.reader import open_experiment
@@ -57,6 +58,8 @@ def test_skipped_with_reasons(unbroken: Path) -> None:
     assert "ep=2" in config["reason"]
     assert experiments["cuda_version"]["skipped"] == "no other interpreter here"
     page = (unbroken / "report.html").read_text()
+    assert "tiny: transformers, none, sdpa, bf16" in page
+    assert "in decode mode, on auto" in page
     assert "no other interpreter here" in page
     assert "src=" not in page
     assert "<script" not in page
@@ -74,6 +77,16 @@ def test_matrices(unbroken: Path) -> None:
         assert all("decision" in pair and "label" in pair for pair in each["pairwise"])
 
 
+def test_nothing_is_decided_about_what_left_no_evidence(unbroken: Path, tiny: Path, tmp_path: Path) -> None:
+    setting = make(tmp_path / "run", tiny, start=Starts(engine=drifting_engine))
+    run(setting)
+    for folder, pairs in ((unbroken, 1), (setting.folder.path, 0)):
+        attention, *_ = json.loads((folder / "experiments.json").read_text())
+        for each in attention["matrices"]["local"]:
+            assert each["columns"] == ["baseline", "attn=eager"]
+            assert (len(each["rows"]), len(each["pairwise"])) == (1 + pairs, pairs)
+
+
 def test_loads_are_least(tiny: Path, tmp_path: Path) -> None:
     setting = make(tmp_path / "run", tiny)
     run(setting)
@@ -81,6 +94,25 @@ def test_loads_are_least(tiny: Path, tmp_path: Path) -> None:
     assert isinstance(starts, Starts)
     # Three configs once, one twice for its reloads; then each of the four once to replay.
     assert len(starts.configs) == 3 + 2 + 4
+
+
+def test_what_is_run_alike_is_replayed_once(tiny: Path, tmp_path: Path) -> None:
+    given = '[replay]\nusing = "matmul=fp32-rounded"\n[references]'
+    toml = TOML.replace("[references]", given).replace('"attn=eager"', '"attn=eager", "matmul=fp32-rounded"')
+    setting = make(tmp_path / "run", tiny, toml)
+    run(setting)
+    assert {each.stem for each in setting.folder.replays.iterdir()} == {
+        "baseline",
+        "attn=eager",
+        "emulate_tp=2",
+        "concurrent=true",
+    }
+    attention, *_ = json.loads((setting.folder.path / "experiments.json").read_text())
+    for each in attention["matrices"]["local"]:
+        assert each["rows"] == each["columns"] == ["baseline", "attn=eager", "matmul=fp32-rounded"]
+        assert all(row[0] == row[2] for row in each["aggregate"])
+        classes = {(pair["a"], pair["b"]): pair["same_kernel_class"] for pair in each["pairwise"]}
+        assert classes["baseline", "matmul=fp32-rounded"]
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 6, 9])

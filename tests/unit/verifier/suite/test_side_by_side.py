@@ -22,7 +22,7 @@ from fpforensics.prover.service import ProverConfig, serve_prover
 from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.suite import run as running
 from fpforensics.verifier.suite.journal import Entry, Journal, read_journal
-from fpforensics.verifier.suite.left import seconds_left
+from fpforensics.verifier.suite.left import Left, seconds_left
 from fpforensics.verifier.suite.plan import lanes_of, plan_jobs, plan_replays
 from fpforensics.verifier.suite.reading import parse_suite
 from fpforensics.verifier.suite.run import StoppedError
@@ -196,6 +196,9 @@ def test_time_left() -> None:
     # Four sessions of 10 s; then five replays of 2 s to load, and 4 s for each bundle.
     sizes = [len(each.jobs) for each in plan_replays(suite)]
     assert seconds_left(suite, ended) == 4 * 10 + 5 * 2 + 4 * sum(sizes)
+    # What is known to be skipped takes no time: neither its session, nor its replay, nor that of its bundle.
+    known = {each.name: len(set(each.jobs) - {refused}) for each in plan_replays(suite) if each.name != "ep=2"}
+    assert seconds_left(suite, ended, [refused, "replay:ep=2"]) == 3 * 10 + 4 * 2 + 4 * sum(known.values())
     ended |= {job: done(job, 10, 3, 5) for job in FINISHED[1:]}
     ended |= {refused: Entry(event="skipped", job=refused)}
     fewer = {each.name: len([job for job in each.jobs if job != refused]) for each in plan_replays(suite)}
@@ -216,6 +219,19 @@ def test_time_left_of_provers_side_by_side() -> None:
         for name, seconds in (("a.baseline", 10.0), ("b.baseline", 100.0), ("b.attn=eager", 100.0))
     }
     assert seconds_left(suite, ended) == 300.0  # the slower one's three; the other's four take 40 s
+
+
+def test_what_is_known_to_be_skipped_is_looked_up(tiny: Path, tmp_path: Path) -> None:
+    setting = make(tmp_path / "run", tiny)
+    with Journal(setting.folder.journal) as journal:
+        left = Left(setting, journal)
+        assert str(left) == ""
+        ended = Entry(event="finished", job="local.baseline", seconds=1000, wall_seconds=(1, 1))
+        journal.add(ended)
+        counted = seconds_left(setting.suite, {ended.job: ended}, ["local.ep=2", "replay:ep=2"])
+        assert counted is not None
+        assert str(left) == f", about {counted / 60:.0f} min left"
+        assert counted < (seconds_left(setting.suite, {ended.job: ended}) or 0.0) - 1000
 
 
 def test_progress_says_what_and_how_long(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""What a run is known to skip before anything is loaded, with the reasons that it will give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.engines.preflight import require_possible, require_runnable
+from fpforensics.common.errors import Error
+from fpforensics.common.models import resolve_model
+from fpforensics.prover.session import check_fit
+from fpforensics.verifier.suite.model import LOCAL, Variant
+from fpforensics.verifier.suite.plan import Job, plan_jobs, plan_replays, replay_id, session_plan
+from fpforensics.verifier.suite.sessions import Setting
+
+Find = Callable[[ExecutionConfig], Path | Error]
+"""The folder of a config's checkpoint, or why it is not on this machine."""
+
+
+def finder(models: dict[str, str]) -> Find:
+    """Looks for checkpoints on this machine, once for each; fetches none."""
+
+    @cache
+    def named(model: str, revision: str) -> Path | Error:
+        try:
+            return resolve_model(model, revision, models, allow_download=False).path
+        except Error as error:
+            return error
+
+    return lambda config: named(config.model, config.revision)
+
+
+def known_skips(setting: Setting, find: Find) -> dict[str, str]:
+    """Why each session, by its job's id, and each replay, by :func:`replay_id`, will be skipped; no others."""
+    found = {job.id: _no_session(setting, job, find) for job in plan_jobs(setting.suite)}
+    if setting.suite.replay.enabled:
+        found |= {replay_id(each.name): _no_replay(setting, each.variant) for each in plan_replays(setting.suite)}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _no_session(setting: Setting, job: Job, find: Find) -> str:
+    if job.skip:
+        return job.skip
+    config = job.variant.config
+    try:
+        if job.prover.endpoint != LOCAL:
+            require_possible(config)
+            return ""
+        require_runnable([config], setting.host(job.prover.device, job.variant))
+        if isinstance(folder := find(config), Path):
+            check_fit(session_plan(setting.suite, job.variant, ""), folder)
+    except Error as error:
+        return error.diagnostics()
+    return ""
+
+
+def _no_replay(setting: Setting, variant: Variant) -> str:
+    try:
+        require_runnable([variant.config], setting.host(setting.suite.replay.device, variant))
+    except Error as error:
+        return error.diagnostics()
+    return ""
