@@ -37,7 +37,15 @@ from fpforensics.verifier.environment_diff import Difference, compare_environmen
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import MatrixReport, build_matrices
 from fpforensics.verifier.measured import MeasuredProfile
-from fpforensics.verifier.replay import OTHER_KERNELS, Member, Report, anchor_of, on_transformers, run_lineup
+from fpforensics.verifier.replay import (
+    OTHER_KERNELS,
+    Member,
+    Report,
+    anchor_of,
+    has_experts,
+    on_transformers,
+    run_lineup,
+)
 from fpforensics.verifier.row import verdict_on
 from fpforensics.verifier.vouch import vouched
 
@@ -244,7 +252,7 @@ def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[Checked]:
                     f"rows {shorten(other.row.config_id)!r} and {shorten(row.config_id)!r} are one config under this claim",
                     "check one of them: --row ID",
                 )
-        checked.append(Checked(row, own, config, label, anchor_of(config)))
+        checked.append(Checked(row, own, config, label, anchor_of(config, experts=has_experts(row.facts))))
     return checked
 
 
@@ -304,10 +312,13 @@ def _plan_replays(checked: Sequence[Checked], plan: CheckPlan) -> tuple[list[Mem
     claimed = [each.config for each in checked]
     declared = [_without_identity(row.config) for row in rows]
     offered = [] if plan.lineup else [_runnable(config) for config in _alternatives(first, plan)]
+    experts = any(has_experts(row.facts) for row in rows)
     members: dict[ExecutionConfig, Member] = {}
     for config in (*claimed, *declared, *asked, *offered):
         optional = config not in claimed and config not in asked
-        members.setdefault(config, Member(config_id(config, base), config, run_as(config, plan.using), optional))
+        members.setdefault(
+            config, Member(config_id(config, base), config, run_as(config, plan.using, experts=experts), optional)
+        )
     if len(members) > MAX_LINEUP:
         raise UsageError(f"a lineup of {len(members)} configs", f"at most {MAX_LINEUP}")
     replayed: dict[str, Sequence[Row]] = {member.id: rows for member in members.values()}
@@ -365,8 +376,11 @@ def _pinned(members: Sequence[Member], host: Host) -> list[Member]:
     ]
 
 
-def run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
-    """``config`` by the verifier's own path: of products (``matmul``), where that combines with it, and of engines (``backend``)."""
+def run_as(config: ExecutionConfig, using: str, *, experts: bool = False) -> ExecutionConfig:
+    """``config`` by the verifier's own path: of products (``matmul``), where that combines with it, and of engines (``backend``).
+
+    ``experts``: of a model that is a mixture of them.
+    """
     assertions = parse_claim(using).assertions if using else {}
     if assertions.keys() - {"matmul", "backend"} or assertions.get("backend") == "vllm":
         raise UsageError(
@@ -374,7 +388,7 @@ def run_as(config: ExecutionConfig, using: str) -> ExecutionConfig:
             "only how replays are computed: matmul=fp32-rounded, matmul=native, backend=transformers",
         )
     if "backend" in assertions:
-        config = on_transformers(config)
+        config = on_transformers(config, experts=experts)
         if config.backend == "vllm":  # transformers has nothing like it: its own engine replays it, if it is here
             return config
     wanted = msgspec.structs.replace(config, matmul=assertions.get("matmul", config.matmul))

@@ -54,16 +54,16 @@ class MemberReplay:
     skipped: str = ""
 
 
-def anchor_of(config: ExecutionConfig) -> ExecutionConfig | None:
+def anchor_of(config: ExecutionConfig, *, experts: bool = False) -> ExecutionConfig | None:
     """The claimed config in a wider dtype, by the plainest path: same weights and quantization, little rounding.
 
-    None where nothing wider can be computed: for float64, for quantized weights in float32, and for formats that only vLLM's
-    kernels multiply, in bf16 or fp16. The path is that of transformers for a config of vLLM too, which has no float64.
+    None where nothing wider can be computed: for float64, for quantized weights in float32, for formats that only vLLM's
+    kernels multiply, in bf16 or fp16, and where only vLLM quantizes the ``experts`` that a model has. The path is that of transformers for a config of vLLM too, which has no float64.
     """
     if config.dtype not in WIDER or (config.dtype == "fp32" and config.quantization != "none"):
         return None
     quantization = OTHER_KERNELS.get(config.quantization, config.quantization)
-    if config.backend == "vllm" and (quantization not in WEIGHT_ONLY or _quantized_by_rank(config)):
+    if config.backend == "vllm" and (quantization not in WEIGHT_ONLY or _other_weights(config, experts)):
         return None
     return ExecutionConfig(
         model=config.model,
@@ -72,7 +72,7 @@ def anchor_of(config: ExecutionConfig) -> ExecutionConfig | None:
     )
 
 
-def on_transformers(config: ExecutionConfig) -> ExecutionConfig:
+def on_transformers(config: ExecutionConfig, *, experts: bool = False) -> ExecutionConfig:
     """What transformers runs in place of a config of vLLM: the same weights and dtype, sdpa, ranks as partial sums.
 
     What is left out (which of vLLM's kernels, batch, graphs) is not told apart by such a replay (:mod:`fpforensics.verifier.vouch`). Formats and KV caches that
@@ -83,7 +83,7 @@ def on_transformers(config: ExecutionConfig) -> ExecutionConfig:
         config.backend != "vllm"
         or quantization not in WEIGHT_ONLY
         or config.kv_cache != "auto"
-        or _quantized_by_rank(config)
+        or _other_weights(config, experts)
     ):
         return config
     return ExecutionConfig(
@@ -102,6 +102,16 @@ def weights_of(config: ExecutionConfig) -> tuple[str, str]:
     return config.model, f"{quantization} over {config.tensor_parallel} ranks" if _quantized_by_rank(
         config
     ) else quantization
+
+
+def has_experts(facts: EngineFacts) -> bool:
+    """Whether the engine says that it ran a mixture of experts."""
+    return bool(facts.numerics.get("experts"))
+
+
+def _other_weights(config: ExecutionConfig, experts: bool) -> bool:
+    """Whether transformers would multiply by other weights: it quantizes them whole, and leaves experts as they are."""
+    return _quantized_by_rank(config) or (experts and config.quantization == "bnb-nf4")
 
 
 def _quantized_by_rank(config: ExecutionConfig) -> bool:
