@@ -111,14 +111,19 @@ def summarize(
 
     With ``keyring`` the signature is checked, and what is wrong with it reported, not raised. Unless
     ``header_only``, every blob is hashed. Raises :class:`EvidenceError` for a file that cannot be read as a
-    bundle at all.
+    bundle at all: with ``keyring``, as a :class:`SignatureError` where no trusted key signed it.
     """
     limits = limits or Limits()
     with BundleFile(path, limits) as file:
         check_form(file.envelope, PAYLOAD_TYPE)
-        statement = decode_statement(file.envelope.payload, limits)
+        try:
+            statement = decode_statement(file.envelope.payload, limits)
+            check_statement(statement, limits)
+        except EvidenceError:
+            if keyring is not None:
+                verify(file.envelope, keyring, PAYLOAD_TYPE)
+            raise
         evidence = statement.predicate
-        check_statement(statement, limits)
         sizes = blob_sizes(evidence)
         return BundleSummary(
             file=shorten(str(path), 256),

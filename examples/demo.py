@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=12)
     args = parser.parse_args()
     started = time.monotonic()
-    say("this takes about 6 minutes on two cores; what is happening is said as it happens")
+    say("this takes 4 to 6 minutes on two cores; what is happening is said as it happens")
     # Several processes share these cores: threads that spin while they wait would starve each other. No bit depends on it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     shutil.rmtree(OUT, ignore_errors=True)

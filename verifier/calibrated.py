@@ -162,7 +162,7 @@ def judge(
         said = f"every member that contradicts the claim is rejected; the last one to be is {worst} ({_p(tested[worst])}, {tested[worst].lane} lane)"
         return Judgement("CONSISTENT", (resting, said), claim.p, tested)
     needed = _needed(remain, [claimed, *others], classes, calibration)
-    said = f"not told apart from {', '.join(sorted(remain))}, which contradict the claim"
+    said = f"not told apart from {', '.join(sorted(remain))}, contradicting the claim"
     if needed:
         said += f": about {counted(needed, 'prompt')} like these would settle it"
     return Judgement("INCONCLUSIVE", (resting, said), claim.p, tested, needed)

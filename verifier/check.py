@@ -37,6 +37,7 @@ from fpforensics.verifier.environment_diff import Difference, compare_environmen
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import MatrixReport, build_matrices
 from fpforensics.verifier.measured import MeasuredProfile
+from fpforensics.verifier.profile import built_in_profile
 from fpforensics.verifier.replay import (
     OTHER_KERNELS,
     Member,
@@ -148,6 +149,7 @@ def check_bundle(
         UnknownModelError: evidence about a model, or weights, that this verifier does not hold.
         ReplayError: a config that was asked for cannot run here.
     """
+    built_in_profile()  # what cannot be read is said before the replays, not after them
     checked, collected = replay_bundle(bundle, plan, host, Collector, report, cancelled, start)
     verifier_environment = describe_environment(host.env)
     lineup = [each for each in collected.reports if not each.id.startswith(ANCHOR_PREFIX)]

@@ -45,7 +45,8 @@ class RowVerdict(msgspec.Struct, frozen=True, kw_only=True):
     ``floors`` is D_in. ``kernel_class`` holds the members that this machine cannot tell from the claimed
     config, itself included, or nothing. ``scores`` are ordered best first. ``calibration`` names the profile that decided,
     at level ``alpha`` and with the claim's ``p_value``, or is empty (``calibration_digest`` is the profile's). ``positions`` is how many positions of one prompt the
-    evidence was worth, ``prompts_needed`` how many prompts may settle what is inconclusive.
+    evidence was worth, ``prompts_needed`` how many prompts may settle what is inconclusive. ``equality``: bits decided, and no
+    threshold.
     """
 
     config_id: str
@@ -70,6 +71,7 @@ class RowVerdict(msgspec.Struct, frozen=True, kw_only=True):
     p_value: float | None = None
     positions: int | None = None
     prompts_needed: int | None = None
+    equality: bool = False
 
 
 def decide_row(
@@ -128,6 +130,8 @@ def decide_row(
             verdict, reasons = "INCONCLUSIVE", (*reasons, uncalibrated)
     if verdict == "CONSISTENT" and not_replayed:
         reasons += (f"not replayed here, so nothing is said of them: {listed(not_replayed)}",)
+    if equality is None and setting.but_for:
+        reasons += (f"equality would decide, but for {'; '.join(setting.but_for)}",)
     unused = [cell for cell in sorted(noise) if cell not in used]
     if unused and used:
         reasons += (f"left out, having no noise floor: {', '.join(map(str, unused))}",)
@@ -154,6 +158,7 @@ def decide_row(
         p_value=judgement.p if judgement else None,
         positions=calibration.scores.positions if calibration is not None and judgement else None,
         prompts_needed=judgement.prompts_needed if judgement else None,
+        equality=equality is not None,
     )
 
 

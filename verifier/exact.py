@@ -10,12 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fpforensics.common.engines.base import EngineFacts, ReplayMode
+from fpforensics.common.errors import shorten
 from fpforensics.common.evidence import Row
 from fpforensics.common.signals import Trace, first_divergence
 from fpforensics.verifier.environment_diff import Difference
 
 # One family rounds alike: measured for the H100 and H200 here, published for the others.
 FAMILIES = (("A100",), ("H100", "H200"))
+_FEW = 3
 _MACHINE_ON_A_CPU = frozenset({"cpu", "cpu_count", "cpu_flags"})
 # Versions that take no part in any product.
 _NO_ARITHMETIC = frozenset({"python", "fpforensics", "numpy"})
@@ -27,12 +29,14 @@ class Setting:
 
     ``shared``: the same, and it repeats bit-exactly. ``apart``: another kind of device, by its name ``stated``.
     ``first_difference`` says where the evidence stops being equal to the claimed config's replay; empty where it does not.
+    ``but_for``: the few things, none of them hardware, that keep it from being shared, such as the number of threads.
     """
 
     shared: bool = False
     apart: bool = False
     stated: str = ""
     first_difference: str = ""
+    but_for: tuple[str, ...] = ()
 
 
 UNKNOWN = Setting()
@@ -44,17 +48,26 @@ def setting_of(
 ) -> Setting:
     """``differences`` compare the row's environment and facts with those of the claimed config's replay."""
     stated = row.facts
-    return Setting(
-        shared=mode == "decode"
+    repeats = (
+        mode == "decode"
         and row.repetitions.bit_identical
         and row.repetitions.count > 1
         and set(stated.batch_sizes) == set(replayed.batch_sizes)
         and gpu_family(stated.gpu) == gpu_family(replayed.gpu)
-        and all(each.equal for each in differences if _decides_rounding(each, stated.device)),
+    )
+    others = [each for each in differences if not each.equal and _decides_rounding(each, stated.device)]
+    near = len(others) <= _FEW and all(each.kind != "hardware" for each in others)
+    return Setting(
+        shared=repeats and not others,
+        but_for=tuple(map(_named, others)) if repeats and near else (),
         apart=stated.device != replayed.device,
         stated=stated.gpu or stated.device,
         first_difference=first_difference,
     )
+
+
+def _named(each: Difference) -> str:
+    return f"{each.name}: {shorten(each.prover, 40) or 'none'} there, {shorten(each.verifier, 40) or 'none'} here"
 
 
 def gpu_family(name: str) -> str:

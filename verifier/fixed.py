@@ -53,7 +53,7 @@ def by_equality(
     if equal_in and equal_out:
         return "INCONCLUSIVE", (
             f"bit-identical to {listed(equal_in)}, for which the claim holds, and to {listed(equal_out)}, "
-            "which contradict it: one kernel class on this machine, nothing can tell them apart",
+            "contradicting it: one kernel class on this machine, nothing can tell them apart",
         )
     if equal_in and (contradicting or identity_only):
         return "CONSISTENT", (f"bit-identical to {listed(equal_in)}",)
@@ -61,7 +61,7 @@ def by_equality(
         return "INCONCLUSIVE", (f"bit-identical to {listed(equal_in)}, but {_UNOPPOSED}: add one that does",)
     # 2.
     if equal_out:
-        return "INCONSISTENT", (f"bit-identical to {listed(equal_out)}, which contradict the claim",)
+        return "INCONSISTENT", (f"bit-identical to {listed(equal_out)}, contradicting the claim",)
     if setting.shared and setting.first_difference:
         return "INCONSISTENT", (
             "the bundle states this verifier's own hardware, software and kernels, where honest evidence is bit-identical",
@@ -103,7 +103,7 @@ def by_limits(
         )
     # 7.
     alike = [score.id for score in contradicting if not ratio(score.floors, d_in).exceeds(MIN_RATIO)]
-    return "INCONCLUSIVE", (resting, f"not told apart from {listed(alike)}, which contradict the claim")
+    return "INCONCLUSIVE", (resting, f"not told apart from {listed(alike)}, contradicting the claim")
 
 
 def _better(fitting: MemberScore, contradicting: Sequence[MemberScore]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from fpforensics.common.signals import CapturePlan, Sampling, Trace
 from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.check import CheckPlan, CheckResult, check_bundle
 from fpforensics.verifier.intake import open_bundle
+from fpforensics.verifier.report import caveats
 
 KEY = PrivateKey.from_seed(b"a test's key, nobody's secret :)")
 Forge = Callable[[Evidence], Evidence]
@@ -77,6 +78,12 @@ def on_another_cpu(evidence: Evidence) -> Evidence:
     return msgspec.structs.replace(evidence, environment=msgspec.structs.replace(evidence.environment, cpu="Other CPU"))
 
 
+def on_more_threads(evidence: Evidence) -> Evidence:
+    (row,) = evidence.rows
+    facts = msgspec.structs.replace(row.facts, numerics=row.facts.numerics | {"threads": "99"})
+    return msgspec.structs.replace(evidence, rows=(msgspec.structs.replace(row, facts=facts),))
+
+
 def check(path: Path, host: Host) -> CheckResult:
     plan = CheckPlan(claim="quant=none", lineup=("quant=bnb-nf4",))
     with open_bundle(path, Keyring([KEY.public])) as bundle:
@@ -87,6 +94,10 @@ def test_equal_evidence_is_consistent(honest: Path, host: Host) -> None:
     result = check(honest, host)
     assert result.verdict == "CONSISTENT"
     assert result.rows[0].reasons[0].startswith("bit-identical to ")
+    assert result.rows[0].equality
+    said = " ".join(caveats(result))
+    assert "Where bits decided, no threshold took part" in said
+    assert "no error rate is known" not in said
 
 
 def test_one_bit_is_one_too_many_and_the_first_difference_is_named(honest: Path, host: Host, tmp_path: Path) -> None:
@@ -103,6 +114,15 @@ def test_another_machine_is_not_held_to_equality(honest: Path, host: Host, tmp_p
     result = check(path, host)
     assert result.verdict != "INCONSISTENT", result.rows[0].reasons
     assert "hardware, software and kernels" not in str(result.rows[0].reasons)
+    assert "equality would decide" not in str(result.rows[0].reasons)
+    assert not result.rows[0].equality
+
+
+def test_what_alone_keeps_equality_from_deciding_is_named(honest: Path, host: Host, tmp_path: Path) -> None:
+    result = check(forged(honest, tmp_path / "threads.msgpack", trace_of=one_bit, forge=on_more_threads), host)
+    assert result.verdict != "INCONSISTENT", result.rows[0].reasons
+    (said,) = [reason for reason in result.rows[0].reasons if "equality" in reason]
+    assert said.startswith("equality would decide, but for threads: 99 there, ")
 
 
 def test_a_gpu_that_rounds_like_this_cpu_is_too_good(honest: Path, host: Host, tmp_path: Path) -> None:

@@ -182,7 +182,9 @@ def caveats(result: CheckResult) -> tuple[str, ...]:
 
 
 def _error_rates(rows: Sequence[RowVerdict]) -> Iterator[str]:
-    fixed = [row.config_id for row in rows if not row.calibration]
+    if any(row.equality for row in rows):
+        yield "Where bits decided, no threshold took part, and there is no error rate to know."
+    fixed = [row.config_id for row in rows if not row.calibration and not row.equality]
     if fixed:
         whose = "this verdict" if len(fixed) == len(rows) else f"the verdict on {', '.join(fixed)}"
         yield (

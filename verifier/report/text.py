@@ -76,7 +76,7 @@ def _verdict(result: CheckResult) -> Iterator[str]:
         yield from (f"  - {reason}" for reason in row.reasons)
         if row.kernel_class:
             yield f"  The claim covers a kernel class: {' = '.join(row.kernel_class)}"
-        yield f"  SNR, contradicting over fitting: {row_snr(row)}"
+        yield f"  SNR (as published; not what decides): {row_snr(row)}"
         yield from _scores(row)
     unexpected = mismatches(result.environment)
     if unexpected:

@@ -11,7 +11,7 @@ from assets.generate import FOLDER, GOLDEN
 from click.testing import CliRunner
 from synthetic import OTHER_KEY, TEST_KEY
 
-from fpforensics.common.errors import EvidenceError
+from fpforensics.common.errors import EvidenceError, SignatureError
 from fpforensics.common.inspect import BundleSummary, render_json, render_text, summarize
 from fpforensics.common.keys import Keyring, PrivateKey
 from fpforensics.prover.cli.inspect import inspect
@@ -104,6 +104,15 @@ def test_hostile_files_are_summarized_or_refused_and_never_print_control_charact
         return
     assert isinstance(summary, BundleSummary)
     assert all(line.isprintable() for line in render_text(summary).splitlines())
+
+
+def test_what_no_trusted_key_signed_is_said_before_what_it_says_wrong(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.msgpack"
+    damaged.write_bytes(PATH.read_bytes().replace(b'"name"', b'"namd"', 1))
+    with pytest.raises(EvidenceError, match="malformed"):
+        summarize(damaged)
+    with pytest.raises(SignatureError, match="does not fit"):
+        summarize(damaged, TRUSTING)
 
 
 def test_no_torch_is_needed() -> None:

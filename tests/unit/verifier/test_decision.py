@@ -61,7 +61,7 @@ def test_bit_identical_to_a_contradicting_member_alone_is_inconsistent() -> None
     row = decide(member("claimed", True, 0.001), member("eager", False, 0))
     assert row.verdict == "INCONSISTENT"
     assert row.nearest == "eager"
-    assert row.reasons == ("bit-identical to eager, which contradict the claim",)
+    assert row.reasons == ("bit-identical to eager, contradicting the claim",)
     assert decide(member("claimed", True, 50), member("eager", False, 0)).verdict == "INCONSISTENT"
 
 
