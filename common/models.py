@@ -142,6 +142,14 @@ def num_layers(path: Path) -> int | None:
     return _stated(read_config(path), ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
 
 
+def has_experts(path: Path) -> bool:
+    """Whether the model in folder ``path`` is a mixture of experts, by its ``config.json``."""
+    return (
+        _stated(read_config(path), ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
+        is not None
+    )
+
+
 def context_length(path: Path) -> int | None:
     """How many tokens the model in folder ``path`` takes, by its ``config.json``; None where it does not say.
 

@@ -19,6 +19,7 @@ MIN_TEMPERATURE = 1e-3
 """What lies between 0 and this is greedy in all but name, and its scores leave the range of numbers."""
 _WORD = 2**64
 _BLOCK = 4  # words that Philox-4x64 makes of one counter
+_MANY = 500  # about as many words in a row cost what one alone costs
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -70,7 +71,10 @@ def gumbel_noise(seed: int, reference_id: str, step: int, size: int) -> NDArray[
 
 
 def gumbel_noise_of(seed: int, reference_id: str, step: int, ids_K: NDArray[np.integer]) -> NDArray[np.float64]:  # noqa: N803
-    """:func:`gumbel_noise` of some token ids (K,) alone, (K,): the cost does not grow with the vocabulary."""
+    """:func:`gumbel_noise` of some token ids (K,) alone, (K,): the cost of a few does not grow with the vocabulary."""
+    most = int(ids_K.max()) + 1
+    if most < _MANY * len(ids_K):
+        return np.take(gumbel_noise(seed, reference_id, step, most), ids_K)
     key = _key(seed, reference_id)
     raw = [
         np.random.Philox(key=key, counter=[int(token) // _BLOCK, step, 0, 0]).random_raw(_BLOCK)[int(token) % _BLOCK]

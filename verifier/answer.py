@@ -18,7 +18,7 @@ _HINT = "do not rely on it; run the session again"
 def require_as_asked(bundle: VerifiedBundle, plan: SessionPlan) -> None:
     """Raise :class:`EvidenceError` naming the first thing that differs from ``plan``.
 
-    Compared are configs, sampling, capture plan, repetitions, the number of references, and that each row really holds the
+    Compared are configs, sampling, capture plan, repetitions, the number and names of references, and that each row really holds the
     positions, layers and output length of the plan. The prompts' text is the caller's to compare: it needs the tokenizer.
     """
     evidence = bundle.evidence
@@ -26,6 +26,8 @@ def require_as_asked(bundle: VerifiedBundle, plan: SessionPlan) -> None:
     _require("sampling", evidence.sampling, plan.sampling)
     _require("capture plan", evidence.capture, plan.capture)
     _require("number of references", len(evidence.references), plan.references)
+    named = [f"ref_{number}" for number in range(plan.references)]  # a sampled token follows from its reference's name
+    _require("names of references", [entry.id for entry in evidence.references], named)
     for row in evidence.rows:
         _require(f"repetitions of row {row.config_id}", row.repetitions.count, plan.repetitions)
         _require_row(evidence, row, plan)

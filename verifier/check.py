@@ -29,7 +29,7 @@ from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.environment import Environment, describe_environment
 from fpforensics.common.errors import LimitError, UnknownModelError, UsageError, did_you_mean, shorten
 from fpforensics.common.evidence import Row
-from fpforensics.common.models import resolve_model, vocab_size, weights_digest
+from fpforensics.common.models import has_experts, resolve_model, vocab_size, weights_digest
 from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.collector import ANCHOR_PREFIX, Checked, Collector, MemberReport
 from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows
@@ -43,7 +43,6 @@ from fpforensics.verifier.replay import (
     Member,
     Report,
     anchor_of,
-    has_experts,
     on_transformers,
     run_lineup,
 )
@@ -205,15 +204,15 @@ def replay_bundle(
 
     Raises like :func:`check_bundle`.
     """
-    checked = _rows_to_check(bundle, plan)
-    members, rows = _plan_replays(checked, plan)
+    checked = _rows_to_check(bundle, plan, host)
+    members, rows = _plan_replays(checked, plan, host)
     require_runnable(
         (member.runs_as for member in members if not member.optional), host
     )  # before any weights are hashed
     for each in checked:
         _require_known_model(each, plan, host)
     _require_bounded(bundle, members, rows)
-    require_coherent(bundle, [each.row for each in checked])
+    require_coherent(bundle, [each.row for each in checked], cancelled)
     members = _pinned(members, host)
     collected = collect(bundle, checked)
     # Anchors first: the others' own noise is measured against them.
@@ -225,7 +224,7 @@ def replay_bundle(
     return checked, collected
 
 
-def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[Checked]:
+def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan, host: Host) -> list[Checked]:
     """The named row; else, with a claim, the rows that declare it, or all if none does; else every row."""
     rows = list(bundle.evidence.rows)
     if plan.row:
@@ -254,7 +253,7 @@ def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan) -> list[Checked]:
                     f"rows {shorten(other.row.config_id)!r} and {shorten(row.config_id)!r} are one config under this claim",
                     "check one of them: --row ID",
                 )
-        checked.append(Checked(row, own, config, label, anchor_of(config, experts=has_experts(row.facts))))
+        checked.append(Checked(row, own, config, label, anchor_of(config, experts=_has_experts(config, plan, host))))
     return checked
 
 
@@ -280,9 +279,8 @@ def _without_identity(config: ExecutionConfig) -> ExecutionConfig:
 
 def _require_known_model(each: Checked, plan: CheckPlan, host: Host) -> None:
     """A bundle must not choose which files a verifier opens or downloads: only models the verifier's user named."""
-    named = {config.model for spec in (plan.claim, *plan.lineup) for config in [parse_config(spec)] if "model=" in spec}
     for model in {each.config.model, each.row.config.model}:
-        if model not in host.models and model != DEFAULT_MODEL and model not in named:
+        if not _holds(model, plan, host):
             raise UnknownModelError(
                 f"the bundle is about model {shorten(model)!r}, which this verifier does not hold",
                 f"name its checkpoint: --model-path {shorten(model)}=/path/to/checkpoint",
@@ -305,7 +303,21 @@ def _require_known_model(each: Checked, plan: CheckPlan, host: Host) -> None:
         )
 
 
-def _plan_replays(checked: Sequence[Checked], plan: CheckPlan) -> tuple[list[Member], dict[str, Sequence[Row]]]:
+def _holds(model: str, plan: CheckPlan, host: Host) -> bool:
+    named = {config.model for spec in (plan.claim, *plan.lineup) for config in [parse_config(spec)] if "model=" in spec}
+    return model in host.models or model == DEFAULT_MODEL or model in named
+
+
+def _has_experts(config: ExecutionConfig, plan: CheckPlan, host: Host) -> bool:
+    """Whether the checkpoint that this side holds is a mixture of experts; only where a replay depends on it."""
+    if config.backend != "vllm" or config.quantization != "bnb-nf4" or not _holds(config.model, plan, host):
+        return False
+    return has_experts(resolve_model(config.model, models=host.models).path)
+
+
+def _plan_replays(
+    checked: Sequence[Checked], plan: CheckPlan, host: Host
+) -> tuple[list[Member], dict[str, Sequence[Row]]]:
     """The lineup (claimed, declared and alternative configs) and the anchors, with the rows that each replays."""
     rows = [each.row for each in checked]
     base = _naming_base(checked[0].config, rows[0].config.model)
@@ -314,13 +326,11 @@ def _plan_replays(checked: Sequence[Checked], plan: CheckPlan) -> tuple[list[Mem
     claimed = [each.config for each in checked]
     declared = [_without_identity(row.config) for row in rows]
     offered = [] if plan.lineup else [_runnable(config) for config in _alternatives(first, plan)]
-    experts = any(has_experts(row.facts) for row in rows)
     members: dict[ExecutionConfig, Member] = {}
     for config in (*claimed, *declared, *asked, *offered):
         optional = config not in claimed and config not in asked
-        members.setdefault(
-            config, Member(config_id(config, base), config, run_as(config, plan.using, experts=experts), optional)
-        )
+        replay = run_as(config, plan.using, experts=_has_experts(config, plan, host))
+        members.setdefault(config, Member(config_id(config, base), config, replay, optional))
     if len(members) > MAX_LINEUP:
         raise UsageError(f"a lineup of {len(members)} configs", f"at most {MAX_LINEUP}")
     replayed: dict[str, Sequence[Row]] = {member.id: rows for member in members.values()}

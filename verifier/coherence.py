@@ -14,11 +14,11 @@ Whether the numbers fit the claim is for replays to say.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from fpforensics.common.errors import EvidenceError, shorten
+from fpforensics.common.errors import CancelledError, EvidenceError, shorten
 from fpforensics.common.evidence import Row
 from fpforensics.common.signals import (
     PHASES,
@@ -39,15 +39,21 @@ _BLOCK_ROWS = 512
 _HINT = "the evidence contradicts itself: do not rely on it"
 
 
-def require_coherent(bundle: VerifiedBundle, rows: Iterable[Row]) -> None:
-    """Raise :class:`EvidenceError` naming the first row, reference, phase and position that contradicts the bundle itself."""
+def require_coherent(
+    bundle: VerifiedBundle, rows: Iterable[Row], cancelled: Callable[[], bool] = lambda: False
+) -> None:
+    """Raise :class:`EvidenceError` naming the first row, reference, phase and position that contradicts the bundle itself;
+    :class:`CancelledError` once ``cancelled()`` holds.
+    """
     prompts = {reference.id: reference.prompt_ids for reference in bundle.references()}
     for row in rows:
         for entry in row.traces:
-            _require_trace(bundle, row, bundle.trace(row, entry.reference_id), prompts[entry.reference_id])
+            _require_trace(bundle, row, bundle.trace(row, entry.reference_id), prompts[entry.reference_id], cancelled)
 
 
-def _require_trace(bundle: VerifiedBundle, row: Row, trace: Trace, prompt_ids: Array) -> None:
+def _require_trace(
+    bundle: VerifiedBundle, row: Row, trace: Trace, prompt_ids: Array, cancelled: Callable[[], bool]
+) -> None:
     planned = generation_positions(len(prompt_ids), len(trace.output_ids), bundle.evidence.capture)
     tokens = np.concatenate([prompt_ids, trace.output_ids])
     for phase, positions in zip(PHASES, planned, strict=True):
@@ -65,6 +71,8 @@ def _require_trace(bundle: VerifiedBundle, row: Row, trace: Trace, prompt_ids: A
                 _HINT,
             )
         for block in _blocks(held):
+            if cancelled():
+                raise CancelledError("the check was cancelled")
             _require_distribution(block, row.facts.model.vocab_size, where)
             sampling = bundle.evidence.sampling
             _require_chosen(block, tokens, len(prompt_ids), sampling.temperature == 0, where)

@@ -41,8 +41,10 @@ def contradiction(at: Position, sampling: Sampling, reference_id: str, vocab_siz
     least, most = (float(weights.sum()) + rest for rest in _unlisted(listed, temperature, vocab_size))
     if weights[listed > own + _SAME].sum() > sampling.top_p * most * (1 + _SAME):
         return f"it lies outside the nucleus of {sampling.top_p:g}"
-    # In the nucleus whatever the unlisted tokens weigh.
-    kept = (sampling.top_p == 1) | (_likelier(listed, weights) < sampling.top_p * least * (1 - _SAME))
+    # In the nucleus whatever the unlisted tokens weigh; of equals there the lower id comes first, and may be unlisted.
+    whole = vocab_size <= len(listed)
+    certain = (_likelier(listed, weights) < sampling.top_p * least * (1 - _SAME)) & (whole | (listed > listed.min()))
+    kept = (sampling.top_p == 1) | certain
     rivals = kept & (at.ids_K != at.token)
     ids = np.append(at.ids_K[rivals], at.token)
     scores = np.append(listed[rivals], own) / temperature + gumbel_noise_of(sampling.seed, reference_id, at.step, ids)

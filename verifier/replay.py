@@ -104,11 +104,6 @@ def weights_of(config: ExecutionConfig) -> tuple[str, str]:
     ) else quantization
 
 
-def has_experts(facts: EngineFacts) -> bool:
-    """Whether the engine says that it ran a mixture of experts."""
-    return bool(facts.numerics.get("experts"))
-
-
 def _other_weights(config: ExecutionConfig, experts: bool) -> bool:
     """Whether transformers would multiply by other weights: it quantizes them whole, and leaves experts as they are."""
     return _quantized_by_rank(config) or (experts and config.quantization == "bnb-nf4")

@@ -168,7 +168,6 @@ def resume(folder: Path, again: bool, quiet: bool, **access: Unpack[AccessOption
 @click.option("--mode", type=click.Choice(["decode", "prefill"]), help="[default: the suite's]")
 @click.option("--using", metavar="CONFIG", help="As in verifier check --using. [default: the suite's]")
 @click.option("--model-path", "model_paths", multiple=True, metavar="NAME=PATH", help="Where a model's checkpoint lies here. Repeatable.")  # fmt: skip
-@click.option("--again", is_flag=True, help="Try what was skipped too.")
 @quiet_option
 def replay(
     folder: Path,
@@ -176,12 +175,11 @@ def replay(
     mode: ReplayMode | None,
     using: str | None,
     model_paths: tuple[str, ...],
-    again: bool,
     quiet: bool,
 ) -> None:
     """Replay here what was collected elsewhere (run --no-replay, its folder copied), and write the files anew.
 
-    No session is begun. The folder says whose bundles count: keys/ and local.key.pub; the private local.key need not travel.
+    No session is begun; replays that were skipped are tried again. The folder says whose bundles count: keys/ and local.key.pub; the private local.key need not travel.
 
     \b
     verifier suite run examples/suites/one-gpu.toml -o results/ --no-replay     # on a pod
@@ -191,13 +189,15 @@ def replay(
 
     from fpforensics.common.cli import make_host
     from fpforensics.verifier.suite.folder import Folder
+    from fpforensics.verifier.suite.journal import Journal
 
     models = make_host(device or "auto", "", (), model_paths).models
-    settings = Folder(folder).load()
     changes = {"enabled": True, "device": device, "mode": mode, "using": using}
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
-    Folder(folder).replay_as(settings, msgspec.structs.replace(settings.suite.replay, **given), models)
-    _go(folder, None, quiet, again=again, sessions=False)
+    with Journal(Folder(folder).journal):  # nobody else is at work here
+        settings = Folder(folder).load()
+        Folder(folder).replay_as(settings, msgspec.structs.replace(settings.suite.replay, **given), models)
+    _go(folder, None, quiet, again=True, sessions=False)
 
 
 def _asked(options: RunOptions) -> tuple[Settings, Keyring]:

@@ -72,9 +72,12 @@ class Folder:
             ) from None
         for each in (self.bundles, self.replays, self.incoming):
             each.mkdir(exist_ok=True)
-        for left in self.incoming.iterdir():  # what a killed run was writing
-            left.unlink()
         return settings
+
+    def tidy(self) -> None:
+        """Remove what a killed run was writing. The journal is the caller's: nobody else is writing."""
+        for left in self.incoming.iterdir():
+            left.unlink()
 
     def replay_as(self, settings: Settings, replay: ReplaySettings, models: dict[str, str]) -> Settings:
         """From now on replay like this, with these checkpoints beside those that are named. Raises :class:`UsageError`

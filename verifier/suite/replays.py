@@ -24,7 +24,7 @@ from fpforensics.common.errors import (
     UsageError,
     shorten,
 )
-from fpforensics.common.models import resolve_model, weights_digest
+from fpforensics.common.models import has_experts, resolve_model, weights_digest
 from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.distance import Cell, trace_distances
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
@@ -169,7 +169,13 @@ def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Re
     host = setting.host(settings.device, variant)
     config = variant.config
     require_runnable([config], host)
-    held = weights_digest(resolve_model(config.model, config.revision, setting.models).path)
+    path = resolve_model(config.model, config.revision, setting.models).path
+    if "backend=transformers" in settings.using and config.quantization == "bnb-nf4" and has_experts(path):
+        raise ReplayError(
+            "quant=bnb-nf4 of a mixture of experts: transformers leaves the experts unquantized, vLLM does not",
+            "replay it by vLLM: no backend in using",
+        )
+    held = weights_digest(path)
     keyring = setting.folder.keyring()
     started = time.perf_counter()
     found: dict[str, Replayed] = {}

@@ -28,6 +28,7 @@ def run_suite(
     """
     folder = setting.folder
     with Journal(folder.journal) as journal:
+        folder.tidy()
         try:
             if sessions:
                 run_sessions(setting, journal, report, clock=clock, again=again)

@@ -127,9 +127,9 @@ sys.path.insert(0, sys.argv[1])
 from open_server import serve
 from fpforensics.common.access import Listen
 server = serve(Listen())
-signal.signal(signal.SIGUSR1, lambda *_: None)
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
-server.wait(ready=lambda: print(server.port, flush=True))
+signal.signal(signal.SIGUSR1, lambda *_: print("another", flush=True))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+server.wait(ready=lambda: print(server.port, flush=True), stopping=lambda: print("stopping", flush=True))
 """
 
 
@@ -140,8 +140,12 @@ def test_a_signal_is_heard_if_another_thread_takes_it_and_another_signal_is_none
             assert process.stdout is not None
             port = int(process.stdout.readline())
             process.send_signal(signal.SIGUSR1)
+            assert process.stdout.readline() == "another\n"
+            process.send_signal(signal.SIGUSR1)
+            assert process.stdout.readline() == "another\n"  # still serving, and not "stopping"
             assert describe(f"127.0.0.1:{port}") == "me"
             process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "stopping\n"
             assert process.wait(60) == 0
         finally:
             process.kill()

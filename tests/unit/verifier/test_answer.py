@@ -34,3 +34,23 @@ def test_only_layers_that_nobody_named_may_be_left_out(tmp_path: Path) -> None:
     require_as_asked(answer, plan)
     with pytest.raises(EvidenceError, match="layers of prefill hidden_states"):
         require_as_asked(answer, msgspec.structs.replace(plan, layers_named=True))
+
+
+def test_references_keep_the_names_that_their_noise_depends_on(tmp_path: Path) -> None:
+    capture = CapturePlan(layers=("1",), prefill_positions=2, top_k=TOP)
+    write_bundle(tmp_path / "bundle")
+    with open_bundle(tmp_path / "bundle", Keyring([PROVER_KEY.public])) as bundle:
+        evidence = msgspec.structs.replace(bundle.evidence, capture=capture)
+    plan = SessionPlan(
+        configs=(ExecutionConfig(),),
+        references=1,
+        capture=capture,
+        sampling=Sampling(max_new_tokens=OUTPUT),
+        repetitions=1,
+    )
+    honest: Any = SimpleNamespace(evidence=evidence)
+    require_as_asked(honest, plan)
+    renamed = msgspec.structs.replace(evidence.references[0], id="ref_0-17")
+    answer: Any = SimpleNamespace(evidence=msgspec.structs.replace(evidence, references=(renamed,)))
+    with pytest.raises(EvidenceError, match="names of references"):
+        require_as_asked(answer, plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fpforensics.common.sampling import choose, gumbel_noise
@@ -15,8 +15,9 @@ VOCABULARY = 60
 
 
 def listed(logprobs: Array, token: int, count: int, step: int = 0) -> Position:
-    """The highest ``count`` log-probabilities, as engines list them."""
-    ids = np.argsort(-logprobs, kind="stable")[:count]
+    """The highest ``count`` log-probabilities, as engines list them: of equals, any."""
+    shuffled = np.random.default_rng(count).permutation(len(logprobs))
+    ids = shuffled[np.argsort(-logprobs[shuffled], kind="stable")][:count]
     return Position(ids.astype(np.int32), logprobs[ids], token, float(logprobs[token]), step)
 
 
@@ -35,6 +36,7 @@ drawings = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=300)
 @given(
     sampling=drawings,
     logprobs=st.builds(distribution, st.integers(0, 999), st.floats(0.01, 300), st.booleans()),
@@ -46,6 +48,7 @@ def test_what_was_drawn_is_never_doubted(sampling: Sampling, logprobs: Array, co
     assert contradiction(listed(logprobs, token, count, step), sampling, "ref_0", VOCABULARY) == ""
 
 
+@settings(deadline=None)
 @given(
     sampling=drawings,
     logprobs=st.builds(distribution, st.integers(0, 999), st.floats(0.5, 5), st.just(False)),
@@ -57,6 +60,16 @@ def test_where_all_is_listed_no_other_token_passes(sampling: Sampling, logprobs:
     assume(other == drawn or abs(scores[drawn] - scores[other]) > 1e-4 / sampling.temperature)  # no near tie
     said = contradiction(listed(logprobs, other, VOCABULARY, 3), sampling, "ref_0", VOCABULARY)
     assert (said == "") == (other == drawn)
+
+
+def test_of_equals_at_the_end_of_the_list_the_unlisted_one_may_have_been_drawn() -> None:
+    logprobs = np.log(np.array([0.6, 0.2, 0.2], dtype=np.float32))
+    for seed in range(200):
+        sampling = Sampling(temperature=1.0, top_p=0.7, seed=seed)
+        token = choose(logprobs, sampling, "ref_0", 0)
+        ids = np.array([0, 2], np.int32)
+        at = Position(ids, logprobs[ids], token, float(logprobs[token]), 0)
+        assert contradiction(at, sampling, "ref_0", 3) == ""
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])

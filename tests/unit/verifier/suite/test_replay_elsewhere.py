@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from suite_world import FINISHED, TOML, Starts, make, opened, results, run
 
-from fpforensics.common.errors import UsageError
+from fpforensics.common.errors import LimitError, ReplayError, UsageError
+from fpforensics.verifier.cli.suite import suite
 from fpforensics.verifier.suite.folder import Folder
+from fpforensics.verifier.suite.journal import Journal
 from fpforensics.verifier.suite.model import ReplaySettings
 
 COLLECT = TOML + "\n[replay]\nenabled = false\n"
+
+
+class Nowhere:
+    """A host on which nothing starts."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        raise ReplayError("no GPU here", "use another device")
 
 
 @pytest.fixture
@@ -67,3 +78,25 @@ def test_a_using_that_means_nothing_changes_nothing(moved: Path, tiny: Path) -> 
     with pytest.raises(UsageError, match="matmull"):
         replay_as(moved, tiny, using="matmull=native")
     assert Folder(moved).load() == before
+
+
+def test_what_one_device_could_not_replay_another_does(moved: Path, tiny: Path) -> None:
+    replay_as(moved, tiny, device="cuda:7")
+    written = run(opened(moved, start=Nowhere()), sessions=False)
+    assert written.experiments[0].replays_skipped
+    replay_as(moved, tiny, device="cpu")
+    written = run(opened(moved), sessions=False, again=True)
+    assert not written.experiments[0].replays_skipped
+    assert written.experiments[0].matrices
+
+
+def test_a_run_under_way_is_left_alone(moved: Path) -> None:
+    half = moved / ".incoming" / "local.baseline.msgpack"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    before = (moved / "suite.json").read_bytes()
+    with Journal(moved / "journal.jsonl"):
+        done = CliRunner().invoke(suite, ["replay", str(moved), "--mode", "prefill", "-q"])
+    assert isinstance(done.exception, LimitError)
+    assert (moved / "suite.json").read_bytes() == before
+    assert half.exists()
