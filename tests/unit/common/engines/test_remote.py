@@ -101,7 +101,9 @@ def test_errors_while_loading_come_from_start_engine(host: Host) -> None:
 def test_a_worker_killed_in_the_middle_names_the_signal(host: Host) -> None:
     engine = start_engine(CONFIG, host)
     with pytest.raises(ReplayError, match="killed by SIGKILL"):
-        engine.generate(references(), SHORT, PLAN, lambda *_: os.kill(engine.pid, signal.SIGKILL))
+        engine.generate(
+            references(9), Sampling(max_new_tokens=64), PLAN, lambda *_: os.kill(engine.pid, signal.SIGKILL)
+        )
     assert gone(engine.pid)
     engine.close()
 

@@ -23,7 +23,7 @@ psutil = pytest.importorskip("psutil")  # vLLM brings it
 
 # Measured: at most 2e-6 between one rank and two, over all layers.
 WITHIN_ROUNDING = 2e-5
-SHORT = Sampling(max_new_tokens=4)
+SHORT, LONG = Sampling(max_new_tokens=4), Sampling(max_new_tokens=64)
 
 
 def shared_by(pid: int) -> set[Path]:
@@ -50,7 +50,8 @@ def test_two_ranks_record_what_one_does_and_end_together(tmp_path: Path) -> None
         ranks = psutil.Process(engine.pid).children(recursive=True)
         assert len(ranks) >= 2
         with pytest.raises(ReplayError, match="killed by SIGKILL"):
-            engine.generate(given, SHORT, PLAN, lambda *_: os.kill(engine.pid, signal.SIGKILL))
+            # Killed after the first of many: the answer cannot be on its way already.
+            engine.generate(references(8, length=40), LONG, PLAN, lambda *_: os.kill(engine.pid, signal.SIGKILL))
     _, alive = psutil.wait_procs(ranks, timeout=60)
     assert alive == []
 
