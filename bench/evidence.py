@@ -8,7 +8,8 @@ positions of a few generated tokens, for every config that runs on the device (t
 With `--new-tokens 1` there are no decode positions; all rows of a prompt then share their replays, whatever their one token was.
 `replay` teacher-forces every bundle's tokens under every member and stores, for each position and each cell (logprobs,
 keys and hidden states by layer), the L2 distance from the evidence to the replay and from the replay to the float32
-anchor; and, as controls, the distance to another prompt's replay and to a model whose weights were disturbed.
+anchor; and, as controls, the distance to another prompt's replay and to a model whose weights were disturbed. With `--windows`
+it stores means over windows of the positions of each phase, which is what `bench/fresh.py` judges.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import msgspec
 import numpy as np
 
 from fpforensics.common.config import ExecutionConfig, config_id, parse_config
-from fpforensics.common.engines.base import Host
+from fpforensics.common.engines.base import Host, ReplayMode
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.errors import Error
 from fpforensics.common.keys import Keyring, load_private
@@ -35,6 +36,7 @@ from fpforensics.common.signals import PHASES, CapturePlan, Forcing, Sampling, T
 from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.distance import SignalKey, position_distances
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
+from fpforensics.verifier.pooling import windows
 from fpforensics.verifier.score import EARLY
 
 CONFIGS = {
@@ -91,6 +93,7 @@ DENSE = ("none", "awq", "gptq")
 DISTURBED = "disturbed"
 WRONG_PROMPT = "wrong-prompt"
 CAPTURE = CapturePlan(prefill_positions=64)
+COUNTS = (1, 3, 8, 16, 32, 64)
 SHORT = (*EARLY, SignalKey("logprobs"))
 # What a distance keeps of its mantissa, so that the files compress: a relative error of 2^-11.
 _MANTISSA_BITS = 10
@@ -113,6 +116,7 @@ def main() -> None:
             command.add_argument("--new-tokens", type=int, default=9)
             command.add_argument("--repetitions", type=int, default=2)
             command.add_argument("--layers", default=",".join(CAPTURE.layers))
+            command.add_argument("--documents", nargs="+", default=["builtin"])
         else:
             command.add_argument("folder", type=Path)
             command.add_argument("--member", action="append")
@@ -121,6 +125,12 @@ def main() -> None:
                 action="store_true",
                 help="only prompt positions; the cells that decide and log-probabilities; no controls",
             )
+            command.add_argument(
+                "--windows", action="store_true", help="means over windows, by phase, in place of positions"
+            )
+            command.add_argument("--mode", choices=["prefill", "decode"], default="prefill")
+            command.add_argument("--references", type=int, default=None, help="only the first ones")
+            command.add_argument("--no-disturbed", action="store_true", help="without the control of disturbed weights")
             command.add_argument("--using", default="", help="matmul=fp32-rounded: how this verifier computes products")
             command.add_argument("--base", default="", help="what members are changes to, e.g. model=awq,quant=awq")
             command.add_argument("--model-path", action="append", default=[], metavar="NAME=FOLDER")
@@ -141,6 +151,7 @@ def record(arguments: argparse.Namespace, host: Host) -> None:
             continue
         plan = SessionPlan(
             configs=(parse_config(spec),),
+            documents=tuple(arguments.documents),
             references=arguments.references,
             prompt_tokens=arguments.prompt_tokens,
             capture=msgspec.structs.replace(CAPTURE, layers=tuple(arguments.layers.split(","))),
@@ -161,12 +172,13 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
     started = time.perf_counter()
     keyring = Keyring.from_paths([arguments.key])
     bundles = [open_bundle(path, keyring) for path in sorted(arguments.folder.glob("*.msgpack"))]
-    claimed = [claimed_traces(bundle) for bundle in bundles]
+    count = arguments.references
+    claimed = [claimed_traces(bundle)[:count] for bundle in bundles]
     members = [ANCHOR, *(arguments.member or MEMBERS)]
     base = parse_config(arguments.base)
     host = msgspec.structs.replace(host, models=dict(pair.split("=", 1) for pair in arguments.model_path))
     disturbed = Path(arguments.output).with_suffix(".model")
-    if not arguments.early:
+    if not (arguments.early or arguments.no_disturbed):
         disturb(resolve_model(ExecutionConfig().model).path, disturbed)
         host = msgspec.structs.replace(host, models={DISTURBED: str(disturbed)})
         members.append(f"model={DISTURBED}")
@@ -185,7 +197,7 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
             config = msgspec.structs.replace(config, matmul=using)
         before = time.perf_counter()
         try:
-            traces = replayed(bundles, config, host)
+            traces = replayed(bundles, config, host, arguments.mode, count)
         except Error as error:
             say(f"{spec}: {error.diagnostics()}")
             continue
@@ -198,21 +210,39 @@ def replay(arguments: argparse.Namespace, host: Host) -> None:
             shifted = [[*each[1:], each[0]] for each in traces]
             evidence.append([measure(ours, theirs) for ours, theirs in zip(claimed, shifted, strict=True)])
             noise.append(noise[-1])
+        keep(arguments, bundles, claimed, names, np.array(evidence), np.array(noise))
         say(f"{spec}: {time.perf_counter() - before:.0f} s")
     shutil.rmtree(disturbed, ignore_errors=True)
+    say(f"{arguments.output}: {arguments.output.stat().st_size} bytes")
+
+
+def keep(
+    arguments: argparse.Namespace,
+    bundles: Sequence[VerifiedBundle],
+    claimed: Sequence[Sequence[Trace]],
+    names: Sequence[str],
+    evidence: Any,
+    noise: Any,
+) -> None:
+    """Write what there is: after every member, so that an interrupted run leaves the earlier ones."""
     keys = SHORT if arguments.early else cell_keys(claimed[0][0])
     cells = [str(key.signal) + (f"/{key.layer}" if key.layer else "") for key in keys]
+    found = {"evidence": evidence.swapaxes(0, 1), "noise": noise.swapaxes(0, 1)}
+    if arguments.early:
+        # Without decode positions the replays are the same for every row, but for the ids of log-probabilities: once is enough.
+        found["noise"] = found["noise"][:1]
+    if arguments.windows:
+        found = {f"{phase}.{name}": means(values, phase) for name, values in found.items() for phase in PHASES}
+    part = arguments.output.with_suffix(".part.npz")
     np.savez_compressed(
-        arguments.output,
+        part,
         rows=np.array([bundle.evidence.rows[0].config_id for bundle in bundles]),
         members=np.array(names),
         cells=np.array(cells),
         prefill=np.array(CAPTURE.prefill_positions),
-        evidence=shortened(np.array(evidence).swapaxes(0, 1)),
-        # Without decode positions the replays are the same for every row, but for the ids of log-probabilities: once is enough.
-        noise=shortened(np.array(noise).swapaxes(0, 1)[: 1 if arguments.early else None]),
+        **{name: shortened(values) for name, values in found.items()},
     )
-    say(f"{arguments.output}: {arguments.output.stat().st_size} bytes")
+    part.replace(arguments.output)
 
 
 def claimed_traces(bundle: VerifiedBundle) -> list[Trace]:
@@ -220,14 +250,16 @@ def claimed_traces(bundle: VerifiedBundle) -> list[Trace]:
     return [bundle.trace(row, reference.id) for reference in bundle.references()]
 
 
-def replayed(bundles: Sequence[VerifiedBundle], config: ExecutionConfig, host: Host) -> list[list[Trace]]:
-    """Each bundle's tokens under one config, all in one worker.
+def replayed(
+    bundles: Sequence[VerifiedBundle], config: ExecutionConfig, host: Host, mode: ReplayMode, count: int | None
+) -> list[list[Trace]]:
+    """Each bundle's tokens under one config, all in one worker; of the first ``count`` references.
 
     Configs often generate the same tokens: then one forward serves them all, and reports the ids that each asks for.
     """
     alike: dict[tuple[str, bytes], list[tuple[int, Forcing]]] = {}
     for index, bundle in enumerate(bundles):
-        for reference in bundle.references():
+        for reference in bundle.references()[:count]:
             forcing = bundle.forcing(bundle.evidence.rows[0], reference.id)
             fed = forcing.output_ids[:-1]  # the last token decides nothing
             alike.setdefault((reference.id, fed.tobytes()), []).append((index, forcing))
@@ -239,7 +271,7 @@ def replayed(bundles: Sequence[VerifiedBundle], config: ExecutionConfig, host: H
         for group in alike.values()
     ]
     with start_engine(config, host) as engine:
-        traces = engine.teacher_force(merged, bundles[0].evidence.capture, "prefill")
+        traces = engine.teacher_force(merged, bundles[0].evidence.capture, mode)
     found: list[dict[str, Trace]] = [{} for _ in bundles]
     for group, trace in zip(alike.values(), traces, strict=True):
         start = dict.fromkeys(PHASES, 0)
@@ -252,7 +284,7 @@ def replayed(bundles: Sequence[VerifiedBundle], config: ExecutionConfig, host: H
                 ids, logprobs = whole.logprob_ids[:, columns], whole.logprobs[:, columns]
                 phases[phase] = replace(whole, logprob_ids=ids, logprobs=logprobs)
             found[index][trace.reference_id] = replace(trace, prefill=phases["prefill"], decode=phases["decode"])
-    return [[each[reference.id] for reference in bundles[0].references()] for each in found]
+    return [[each[reference.id] for reference in bundles[0].references()[:count]] for each in found]
 
 
 def cell_keys(trace: Trace) -> list[SignalKey]:
@@ -286,6 +318,19 @@ def early_table(claimed: Sequence[Trace], replay: Sequence[Trace]) -> Any:
     """(references, cells of SHORT, prompt positions)."""
     keys = cell_keys(claimed[0])
     return table(claimed, replay)[:, [keys.index(key) for key in SHORT], : CAPTURE.prefill_positions]
+
+
+def windows_of(length: int) -> list[tuple[int, slice]]:
+    """The windows that ``--windows`` keeps of so many positions, each with its number of positions."""
+    return [(count, window) for count in COUNTS for window, _ in windows(count, length, most=2)]
+
+
+def means(values: Any, phase: str) -> Any:
+    """(rows, members, references, cells, windows) from (rows, members, references, cells, positions)."""
+    at = CAPTURE.prefill_positions
+    of_phase = values[..., :at] if phase == "prefill" else values[..., at:]
+    found = [of_phase[..., window].mean(-1) for _, window in windows_of(of_phase.shape[-1])]
+    return np.stack(found, -1) if found else np.empty((*values.shape[:-1], 0), np.float32)
 
 
 def last_rows(trace: Any, like: Any, count: int) -> Any:
