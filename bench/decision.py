@@ -81,7 +81,7 @@ class Direction:
         """The prompts of which every window was recorded."""
         return range(self.prompts)
 
-    def keys(self) -> list[Cell]:
+    def phase_cells(self) -> list[Cell]:
         """What :meth:`means` holds."""
         return [Cell(self.phase, *name.split("/")) for name in self.cells]  # type: ignore[arg-type]
 
@@ -293,7 +293,7 @@ class Bundles:
             self.covered.add(case.claimed)
         self.kinds = {name: _kind(name) for name in self.members}
         base = SDPA if case.claimed.startswith(("quant", *CONTROLS)) else case.claimed
-        self.cells = direction.keys()
+        self.cells = direction.phase_cells()
         self.windows = direction.windows(count)
         self.prompts = direction.complete(case.row, self.windows)
         self.tables = [direction.tables(case.row, window).only(self.members) for window in self.windows]
@@ -430,13 +430,12 @@ def print_rates(pool: Workers, positions: Sequence[int], sizes: Sequence[int], h
 def print_outcomes(
     every: Sequence[Case], judged: Iterable[list[Counter[str]]], prompts: int
 ) -> list[list[Counter[str]]]:
-    """A line for each case as it comes, and the sums. Returns the honest cases' outcomes."""
-    honest: list[list[Counter[str]]] = []
+    """A line for each case as it comes, and the sums. Returns all."""
+    every_outcome: list[list[Counter[str]]] = []
     totals = {True: Counter[str](), False: Counter[str]()}
     for case, alone in zip(every, judged, strict=True):
         found = sum(alone, Counter[str]())
-        if case.honest:
-            honest.append(alone)
+        every_outcome.append(alone)
         if case.honest or (case.row in KERNELS and case.claimed in KERNELS):
             totals[case.honest] += found
         kind = "honest" if case.honest else "lie"
@@ -450,16 +449,17 @@ def print_outcomes(
         print(", ".join(f"{what} {of[what] / of['verdicts']:.2%}" for what in ("INCONSISTENT", "CONSISTENT", "nearest")), end="")  # fmt: skip
         print(f" of {of['verdicts']}", end="")
         if which and prompts == 1:
+            honest = [alone for case, alone in zip(every, every_outcome, strict=True) if case.honest]
             low, high = over_prompts(honest, np.random.default_rng(0))
             print(f", INCONSISTENT with 95 % over prompts [{low:.2%}, {high:.2%}]", end="")
         print(flush=True)
-    return honest
+    return every_outcome
 
 
 def over_prompts(by_case: Sequence[Sequence[Counter[str]]], rng: Any, draws: int = 10_000) -> tuple[float, float]:
     """A bootstrap interval for the share of INCONSISTENT: prompts are drawn whole, with all their cases and windows."""
-    accused = np.array([[found["INCONSISTENT"] for found in case] for case in by_case]).sum(axis=0)
-    every = np.array([[found["verdicts"] for found in case] for case in by_case]).sum(axis=0)
+    by_prompt = [sum(filter(None, each), Counter[str]()) for each in itertools.zip_longest(*by_case)]
+    accused, every = (np.array([found[what] for found in by_prompt]) for what in ("INCONSISTENT", "verdicts"))
     drawn = rng.integers(0, len(accused), (draws, len(accused)))
     low, high = np.quantile(accused[drawn].sum(axis=1) / every[drawn].sum(axis=1), [0.025, 0.975])
     return float(low), float(high)
