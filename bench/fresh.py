@@ -67,7 +67,7 @@ class Windowed(decision.Direction):
     def complete(self, row: str, windows: Sequence[int]) -> list[int]:
         """Those that did not end earlier."""
         found = self.by_position(row).to_anchor[..., list(windows)]
-        return np.flatnonzero(~np.isnan(found).any(axis=(1, 2))).tolist()
+        return [int(prompt) for prompt in np.flatnonzero(~np.isnan(found).any(axis=(1, 2)))]
 
     def windows(self, count: int) -> list[int]:
         """Their numbers."""
@@ -246,7 +246,7 @@ def load(path: Path = DATA) -> dict[str, dict[Phase, Windowed]]:
     return found
 
 
-def directions(recorded: Mapping[str, Mapping[Phase, Windowed]], kind: str) -> Iterator[Windowed]:
+def directions(recorded: Mapping[str, Mapping[Phase, Windowed]], kind: str) -> Iterator[decision.Direction]:
     """What there is of one kind of positions."""
     for name, phases in recorded.items():
         if kind == "prompt" and name.startswith("prompts-"):
