@@ -203,7 +203,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
         one, other = (
             each["prefill.evidence"][:, list(each["members"]).index(decision.ANCHOR)] for each in (data, opened[0])
         )
-        if one.shape != other.shape or not np.allclose(one, other, rtol=1e-2, equal_nan=True):
+        if one.shape != other.shape or np.isclose(one, other, rtol=1e-2, equal_nan=True).mean() < 0.99:
             raise SystemExit(f"{paths[number]} holds other evidence than {paths[0]}: it lies elsewhere from the anchor")
         for column, member in enumerate(data["members"]):
             place.setdefault(str(member), (number, column))
@@ -342,7 +342,7 @@ def alone(direction: Windowed, row: str, count: int) -> Alone:
     scores = [bundles.tables[window].scores([prompt], row) for prompt, window in windows]
     return Alone(
         [each.floors[row] for each in scores],
-        [margin_of(each.distance, [row], rivals) for each in scores],
+        [margin_of(each.distance, [row], rivals) if rivals else np.nan for each in scores],
         sum(bundles.verdict([prompt], window).verdict == "INCONSISTENT" for prompt, window in windows),
     )
 
