@@ -32,7 +32,7 @@ from typing import Any
 
 import decision
 import numpy as np
-from evidence import windows_of
+from evidence import COUNTS, windows_of
 from small import save_small
 
 from fpforensics.common.signals import PHASES, Phase
@@ -223,7 +223,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
 
 def widths_of(number: int) -> tuple[int, ...]:
     """How many positions each of so many windows holds."""
-    every = (windows_of(length) for length in itertools.count())
+    every = (windows_of(length) for length in range(2 * max(COUNTS) + 1))
     return next(tuple(width for width, _ in found) for found in every if len(found) == number)
 
 
