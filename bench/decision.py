@@ -18,7 +18,7 @@ import functools
 import itertools
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import Pool as Workers
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 from small import save_small
 
 from fpforensics.common.config import parse_config
+from fpforensics.common.signals import Phase
 from fpforensics.verifier.calibrated import Calibration, Part
 from fpforensics.verifier.collector import kind_of
 from fpforensics.verifier.decision import Member, RowVerdict, decide_row
@@ -64,9 +65,39 @@ class Direction:
     cells: list[str]
     evidence: Any
     noise: Any
+    phase: Phase = "prefill"
 
     def own(self, row: str) -> str:
-        return row if row in self.members else OWN.get(row, "")
+        """The member that the row is; empty if there is none."""
+        own = row if row in self.members else OWN.get(row, "")
+        return own if own in self.members else ""
+
+    @property
+    def prompts(self) -> int:
+        """How many there are."""
+        return int(self.evidence.shape[2])
+
+    def complete(self, row: str, windows: Sequence[Any]) -> Sequence[int]:
+        """The prompts of which every window was recorded."""
+        return range(self.prompts)
+
+    def phase_cells(self) -> list[Cell]:
+        """What :meth:`means` holds."""
+        return [Cell(self.phase, *name.split("/")) for name in self.cells]  # type: ignore[arg-type]
+
+    def windows(self, count: int) -> list[Any]:
+        """Windows of so many positions."""
+        return [window for window, _ in windows(count, PREFILL)]
+
+    def means(self, row: str, members: Sequence[str], base: str, window: Any) -> tuple[Any, Any]:
+        """Over a window: of the evidence (members, references, cells), and of the noise of ``base`` (references, cells)."""
+        i, columns = self.rows.index(row), [self.members.index(name) for name in members]
+        evidence, noise = self.evidence[i][columns], self.noise[i][self.members.index(base)]
+        return evidence[..., window].mean(-1), noise[..., window].mean(-1)
+
+    def parts(self, row: str, window: Any) -> dict[Phase, Tables]:
+        """The sums of each phase alone, if there are several."""
+        return {}
 
     def by_position(self, row: str) -> Tables:
         """(members, references, early cells, positions)."""
@@ -79,7 +110,7 @@ class Direction:
         noise[other_weights] = np.nan
         return Tables(1, names, evidence[members], noise, evidence[self.members.index(ANCHOR)])
 
-    def tables(self, row: str, window: slice) -> Tables:
+    def tables(self, row: str, window: Any) -> Tables:
         """Sums over a window of positions, (members, references, early cells)."""
         every = self.by_position(row)
         sums = (each[..., window].sum(-1) for each in (every.distances, every.units, every.to_anchor))
@@ -162,18 +193,11 @@ def reduce(files: Sequence[Path], output: Path) -> None:
     for path in files:
         with np.load(path) as data:
             rows, members, cells = ([str(each) for each in data[key]] for key in ("rows", "members", "cells"))
-            early = [cells.index(f"{key.signal}/{key.layer}") for key in EARLY]
-            late = [column for column in range(len(cells)) if column not in early]
             i = [index for index, row in enumerate(rows) if row in ROWS]
             j = [index for index, member in enumerate(members) if member in (ANCHOR, *LINEUP, *FAR)]
             rows, members = [rows[index] for index in i], [members[index] for index in j]
             evidence, noise = (data[key][i][:, j][..., :PREFILL] for key in ("evidence", "noise"))
-            for table in (evidence, noise):
-                for row, of_row in zip(rows, table, strict=True):
-                    for member, of_both in zip(members, of_row, strict=True):
-                        if row not in KERNELS or member not in (*KERNELS, ANCHOR):
-                            of_both[:, late] = np.nan
-            noise[:, [members.index(each) for each in members if each in CONTROLS]] = np.nan
+            thin(rows, members, cells, evidence, noise)
             # At prompt positions the members' vectors are the same for every row: only log-probabilities, taken at the row's
             # own ids, differ. Once is enough, where the kernels' late cells are.
             noise = noise[[rows.index(SDPA), *range(len(rows))]]
@@ -183,6 +207,18 @@ def reduce(files: Sequence[Path], output: Path) -> None:
             kept |= {f"{path.stem}.evidence": shrink(evidence), f"{path.stem}.noise": shrink(noise)}
     save_small(output, **kept)
     print(f"{output}: {output.stat().st_size} bytes")
+
+
+def thin(rows: Sequence[str], members: Sequence[str], cells: Sequence[str], evidence: Any, noise: Any) -> None:
+    """Take out the cells after the early ones where not both are of the four kernels, and noise that is none."""
+    early = [f"{key.signal}/{key.layer}" for key in EARLY]
+    late = [column for column, cell in enumerate(cells) if cell not in early]
+    for table in (evidence, noise):
+        for row, of_row in zip(rows, table, strict=True):
+            for member, of_both in zip(members, of_row, strict=True):
+                if row not in KERNELS or member not in (*KERNELS, ANCHOR):
+                    of_both[:, late] = np.nan
+    noise[:, [members.index(each) for each in members if each in CONTROLS]] = np.nan
 
 
 def shrink(values: Any) -> Any:
@@ -228,14 +264,16 @@ class Case:
 def cases(directions: Sequence[Direction]) -> Iterator[Case]:
     for direction in directions:
         for row in direction.rows:
-            if row in PROFILED:
+            if row in PROFILED and direction.own(row):
                 yield Case(direction, row, direction.own(row))
-        for row in KERNELS:
+        among = [row for row in KERNELS if row in direction.rows]
+        for row in among:
             for claimed in KERNELS:
-                if claimed != row:
+                if claimed != row and claimed in direction.members:
                     yield Case(direction, row, claimed)
         for row in ("quant=torchao-int8", "quant=torchao-int4", "dtype=fp16"):
-            yield Case(direction, row, SDPA)
+            if row in direction.rows:
+                yield Case(direction, row, SDPA)
         for claimed in FAR:
             if claimed in direction.members:
                 yield Case(direction, SDPA, claimed)
@@ -246,7 +284,7 @@ class Bundles:
 
     def __init__(self, case: Case, profile: Profile, count: int) -> None:
         self.case, self.profile = case, profile
-        direction, row = case.direction, case.direction.rows.index(case.row)
+        direction = case.direction
         # Late cells were kept for the four kernels alone; beside other members the early layers decide.
         among = KERNELS if case.row in KERNELS and case.claimed in KERNELS else LINEUP
         self.members = [name for name in direction.members if name in among or name == case.claimed]
@@ -254,16 +292,16 @@ class Bundles:
         if case.claimed in CONTROLS:  # other weights or another prompt behind the words of an honest claim
             self.covered.add(case.claimed)
         self.kinds = {name: _kind(name) for name in self.members}
-        columns = [direction.members.index(name) for name in self.members]
-        base = direction.members.index(SDPA if case.claimed.startswith(("quant", *CONTROLS)) else case.claimed)
-        self.cells = [Cell("prefill", *name.split("/")) for name in direction.cells]  # type: ignore[arg-type]
-        self.windows = [window for (window, _) in windows(count, PREFILL)]
+        base = SDPA if case.claimed.startswith(("quant", *CONTROLS)) else case.claimed
+        self.cells = direction.phase_cells()
+        self.windows = direction.windows(count)
+        self.prompts = direction.complete(case.row, self.windows)
         self.tables = [direction.tables(case.row, window).only(self.members) for window in self.windows]
-        evidence, noise = direction.evidence[row][columns], direction.noise[row][base]
+        self.phases = [direction.parts(case.row, window) for window in self.windows]
+        means = [direction.means(case.row, self.members, base, window) for window in self.windows]
         # (windows, members or nothing, prompts, cells): means over each window
-        self.evidence = np.array([evidence[..., window].mean(-1) for window in self.windows])
-        self.noise = np.array([noise[..., window].mean(-1) for window in self.windows])
-        self.known = np.flatnonzero(~np.isnan(self.evidence).any(axis=(0, 1, 2)))
+        self.evidence, self.noise = (np.array(each) for each in zip(*means, strict=True))
+        self.known = np.flatnonzero(~np.isnan(self.evidence[:, :, self.prompts]).any(axis=(0, 1, 2)))
         self._measured: dict[tuple[int, int, int], dict[Cell, float]] = {}
         self._parts: dict[tuple[int, int], Part] = {}
 
@@ -279,11 +317,14 @@ class Bundles:
         """One prompt alone."""
         key = (window, prompt)
         if key not in self._parts:
-            alone = self.tables[window].scores([prompt], self.case.claimed)
-            pool = self.profile.pool(alone.positions)
-            assert pool is not None
-            self._parts[key] = Part(f"prompt {prompt}", alone, pool)
+            self._parts[key] = self._part(f"prompt {prompt}", self.tables[window], [prompt])
         return self._parts[key]
+
+    def _part(self, name: str, tables: Tables, drawn: Sequence[int]) -> Part:
+        alone = tables.scores(drawn, self.case.claimed)
+        pool = self.profile.pool(alone.positions)
+        assert pool is not None
+        return Part(name, alone, pool)
 
     def count(self, found: Counter[str], drawn: Sequence[int], window: int) -> None:
         """Add one bundle's outcome; ``nearest``: in the early layers, a member for which the claim holds is the nearest."""
@@ -300,6 +341,7 @@ class Bundles:
         pool = self.profile.pool(scores.positions)
         assert pool is not None
         parts = [self.part(window, prompt) for prompt in dict.fromkeys(drawn)] if len(drawn) > 1 else []
+        parts += [self._part(phase, of.only(self.members), drawn) for phase, of in self.phases[window].items()]
         fitting = {claimed, *(SAME if claimed in SAME else ())}
         noise = self.noise[window][drawn].mean(0)
         members = [
@@ -325,10 +367,10 @@ class Bundles:
 
 def verdicts(case: Case, profile: Profile, prompts: int, count: int, wanted: int, rng: Any) -> Counter[str]:
     """How many of ``wanted`` resampled bundles come out how; see :meth:`Bundles.count`."""
-    bundles, every = Bundles(case, profile, count), case.direction.evidence.shape[2]
+    bundles = Bundles(case, profile, count)
     found: Counter[str] = Counter()
     for _ in range(wanted):
-        drawn = rng.integers(0, every, prompts).tolist()
+        drawn = [bundles.prompts[number] for number in rng.integers(0, len(bundles.prompts), prompts)]
         bundles.count(found, drawn, int(rng.integers(len(bundles.windows))))
     return found
 
@@ -336,11 +378,10 @@ def verdicts(case: Case, profile: Profile, prompts: int, count: int, wanted: int
 def singles(case: Case, profile: Profile, count: int) -> list[Counter[str]]:
     """The same for every prompt alone and each of its windows: nothing is drawn."""
     bundles = Bundles(case, profile, count)
-    found: list[Counter[str]] = []
-    for prompt in range(case.direction.evidence.shape[2]):
-        found.append(Counter())
+    found = [Counter[str]() for _ in range(case.direction.prompts)]
+    for prompt in bundles.prompts:
         for window in range(len(bundles.windows)):
-            bundles.count(found[-1], [prompt], window)
+            bundles.count(found[prompt], [prompt], window)
     return found
 
 
@@ -361,9 +402,13 @@ def _loaded() -> tuple[list[Case], Profile]:
 
 
 def judge(work: Work) -> list[Counter[str]]:
-    """Outcomes, by prompt where every prompt stands alone. Seeded by the case: any number of processes gives the same."""
+    """:func:`outcomes` of one case of what was recorded."""
     every, profile = _loaded()
-    case = every[work.number]
+    return outcomes(every[work.number], profile, work)
+
+
+def outcomes(case: Case, profile: Profile, work: Work) -> list[Counter[str]]:
+    """By prompt where every prompt stands alone. Seeded by the case: any number of processes gives the same."""
     if work.prompts == 1:
         return singles(case, profile, work.count)
     wanted = work.honest if case.honest else work.lies
@@ -379,34 +424,42 @@ def print_rates(pool: Workers, positions: Sequence[int], sizes: Sequence[int], h
             drawn = f"{honest} drawn for each honest case, {lies} for each lie"
         print(f"\n{prompts} prompts, {count} positions: {drawn}", flush=True)
         asked = [Work(number, count, prompts, honest, lies) for number in range(len(every))]
-        honest_by_prompt: list[list[Counter[str]]] = []
-        totals = {True: Counter[str](), False: Counter[str]()}
-        for case, alone in zip(every, pool.imap(judge, asked), strict=True):
-            found = sum(alone, Counter[str]())
-            if case.honest:
-                honest_by_prompt.append(alone)
-            if case.honest or (case.row in KERNELS and case.claimed in KERNELS):
-                totals[case.honest] += found
-            kind = "honest" if case.honest else "lie"
-            shares = "  ".join(
-                f"{what} {found[what] / found['verdicts']:7.2%}" for what in ("INCONSISTENT", "CONSISTENT", "nearest")
-            )
-            print(f"  {kind:<7}{case.direction.name:<13}{case.row:<22} claimed {case.claimed:<22} {shares}", flush=True)
-        for which, said in ((True, "all honest claims"), (False, "lies among the four kernels")):
-            of = totals[which]
-            print(f"  {said}: ", end="")
-            print(", ".join(f"{what} {of[what] / of['verdicts']:.2%}" for what in ("INCONSISTENT", "CONSISTENT", "nearest")), end="")  # fmt: skip
-            print(f" of {of['verdicts']}", end="")
-            if which and prompts == 1:
-                low, high = over_prompts(honest_by_prompt, np.random.default_rng(0))
-                print(f", INCONSISTENT with 95 % over prompts [{low:.2%}, {high:.2%}]", end="")
-            print(flush=True)
+        print_outcomes(every, pool.imap(judge, asked), prompts)
+
+
+def print_outcomes(
+    every: Sequence[Case], judged: Iterable[list[Counter[str]]], prompts: int
+) -> list[list[Counter[str]]]:
+    """A line for each case as it comes, and the sums. Returns all."""
+    every_outcome: list[list[Counter[str]]] = []
+    totals = {True: Counter[str](), False: Counter[str]()}
+    for case, alone in zip(every, judged, strict=True):
+        found = sum(alone, Counter[str]())
+        every_outcome.append(alone)
+        if case.honest or (case.row in KERNELS and case.claimed in KERNELS):
+            totals[case.honest] += found
+        kind = "honest" if case.honest else "lie"
+        shares = "  ".join(
+            f"{what} {found[what] / found['verdicts']:7.2%}" for what in ("INCONSISTENT", "CONSISTENT", "nearest")
+        )
+        print(f"  {kind:<7}{case.direction.name:<13}{case.row:<22} claimed {case.claimed:<22} {shares}", flush=True)
+    for which, said in ((True, "all honest claims"), (False, "lies among the four kernels")):
+        of = totals[which]
+        print(f"  {said}: ", end="")
+        print(", ".join(f"{what} {of[what] / of['verdicts']:.2%}" for what in ("INCONSISTENT", "CONSISTENT", "nearest")), end="")  # fmt: skip
+        print(f" of {of['verdicts']}", end="")
+        if which and prompts == 1:
+            honest = [alone for case, alone in zip(every, every_outcome, strict=True) if case.honest]
+            low, high = over_prompts(honest, np.random.default_rng(0))
+            print(f", INCONSISTENT with 95 % over prompts [{low:.2%}, {high:.2%}]", end="")
+        print(flush=True)
+    return every_outcome
 
 
 def over_prompts(by_case: Sequence[Sequence[Counter[str]]], rng: Any, draws: int = 10_000) -> tuple[float, float]:
     """A bootstrap interval for the share of INCONSISTENT: prompts are drawn whole, with all their cases and windows."""
-    accused = np.array([[found["INCONSISTENT"] for found in case] for case in by_case]).sum(axis=0)
-    every = np.array([[found["verdicts"] for found in case] for case in by_case]).sum(axis=0)
+    by_prompt = [sum(filter(None, each), Counter[str]()) for each in itertools.zip_longest(*by_case)]
+    accused, every = (np.array([found[what] for found in by_prompt]) for what in ("INCONSISTENT", "verdicts"))
     drawn = rng.integers(0, len(accused), (draws, len(accused)))
     low, high = np.quantile(accused[drawn].sum(axis=1) / every[drawn].sum(axis=1), [0.025, 0.975])
     return float(low), float(high)
