@@ -43,6 +43,8 @@ from fpforensics.verifier.profile import Profile, built_in_profile
 DATA = decision.ROOT / "tests" / "assets" / "h100" / "fresh.npz"
 KINDS = ("prompt", "generated", "mixed")
 TEXTS = ("prose", "code")
+JUDGED, HALVES = (3, 16, 64), (8, 32)
+"""Positions that verdicts are counted at, and those that one of two phases gives to them."""
 COMPARED = (3, 16)
 """Positions that the ways to replay are compared at."""
 MODULES = (
@@ -150,7 +152,7 @@ def main() -> None:
     rates_.add_argument("--verdicts", type=int, default=1000, help="of each honest row")
     rates_.add_argument("--prompts", type=int, nargs="+", default=[1, 3, 8, 24])
     rates_.add_argument("--lies", type=int, default=200, help="of each lie")
-    rates_.add_argument("--positions", type=int, nargs="+", default=[3, 16, 64])
+    rates_.add_argument("--positions", type=int, nargs="+", default=list(JUDGED))
     rates_.add_argument("--jobs", type=int, default=1, help="processes; the figures are the same with any number")
     modes_ = commands.add_parser("modes")
     for command in (rates_, modes_):
@@ -209,6 +211,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
             place.setdefault(str(member), (number, column))
     members = [name for name in place if name in (decision.ANCHOR, *decision.LINEUP, *decision.FAR)]
     kept: dict[str, Any] = {"rows": np.array(rows), "members": np.array(members), "cells": opened[0]["cells"]}
+    alone = any(np.isnan(opened[0][f"{phase}.evidence"]).all() for phase in PHASES)
     for phase in PHASES:
         evidence, noise = (
             np.stack([opened[place[name][0]][f"{phase}.{each}"][:, place[name][1]] for name in members], axis=1)
@@ -217,7 +220,10 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
         if np.isnan(evidence).all():
             continue
         decision.thin(rows, members, cells, evidence, noise)
-        kept |= {f"{phase}.evidence": decision.shrink(evidence), f"{phase}.noise": decision.shrink(noise)}
+        widths = np.array(widths_of(evidence.shape[-1]))
+        judged = np.isin(widths, JUDGED if alone else (*JUDGED, *HALVES))
+        kept |= {f"{phase}.evidence": decision.shrink(evidence[..., judged])}
+        kept |= {f"{phase}.noise": decision.shrink(noise[..., judged]), f"{phase}.widths": widths[judged]}
     return kept
 
 
@@ -241,7 +247,7 @@ def load(path: Path = DATA) -> dict[str, dict[Phase, Windowed]]:
                 if f"{name}.{phase}.evidence" not in data:
                     continue
                 evidence, noise = (decision.expand(data[f"{name}.{phase}.{key}"]) for key in ("evidence", "noise"))
-                direction, widths = name.split("-", 1)[1], widths_of(evidence.shape[-1])
+                direction, widths = name.split("-", 1)[1], tuple(data[f"{name}.{phase}.widths"].tolist())
                 found[name][phase] = Windowed(direction, rows, members, cells, evidence, noise, phase, widths)
     return found
 

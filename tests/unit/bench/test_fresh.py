@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,9 @@ def test_sums_and_means_of_windows_are_those_of_their_positions(
     positions: decision.Direction, kept: dict[str, Any]
 ) -> None:
     (windowed,) = fresh.directions(kept, "prompt")
-    places = evidence.windows_of(decision.PREFILL)
+    places = [each for each in evidence.windows_of(decision.PREFILL) if each[0] in fresh.JUDGED]
     assert windowed.widths == tuple(width for width, _ in places)
-    for count in evidence.COUNTS:
+    for count in fresh.JUDGED:
         assert [places[window][0] for window in windowed.windows(count)] == [count] * min(2, 64 // count)
     for row in ROWS:
         for window, (width, place) in enumerate(places):
@@ -185,3 +186,19 @@ def test_rates_count_every_prompt_and_window(data: Path, capsys: pytest.CaptureF
         assert sum(texts) == honest and texts[0] == 3 * 2 * (3 if prompts == PROMPTS else 2)
         assert f" of {2 * 2 * prompts}" in of["lies among the four kernels"]
         assert "INCONSISTENT 100.00%" in of["other lies"] and of["other lies"].endswith(f" of {3 * 2 * prompts}")
+
+
+@pytest.mark.parametrize("kind", fresh.KINDS)
+def test_verdicts_on_recorded_prompts_that_nothing_was_tuned_on(kind: str) -> None:
+    """Every prompt alone, 16 positions of it: H100 evidence on a CPU, and of prompts the other way round too."""
+    found: dict[str, Counter[str]] = {"honest": Counter(), "kernel": Counter(), "other": Counter()}
+    for direction in fresh.directions(fresh.load(), kind):
+        for case in decision.cases([direction]):
+            among = {case.row, case.claimed} <= set(decision.KERNELS)
+            name = "honest" if case.honest else "kernel" if among else "other"
+            found[name] += sum(decision.singles(case, built_in_profile(), 16), Counter())
+    honest, kernel, other = found.values()
+    assert honest["verdicts"] >= 240 and honest["INCONSISTENT"] <= 0.01 * honest["verdicts"]
+    assert honest["nearest"] >= 0.95 * honest["verdicts"]
+    assert kernel["INCONSISTENT"] >= 0.95 * kernel["verdicts"] and kernel["CONSISTENT"] == 0
+    assert other["INCONSISTENT"] == other["verdicts"] >= 200
