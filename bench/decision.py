@@ -19,7 +19,7 @@ import itertools
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import Pool as Workers
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from fpforensics.verifier.calibrated import Calibration, Part
 from fpforensics.verifier.collector import kind_of
 from fpforensics.verifier.decision import Member, RowVerdict, decide_row
 from fpforensics.verifier.distance import Cell
+from fpforensics.verifier.exact import Setting
 from fpforensics.verifier.pooling import windows
 from fpforensics.verifier.profile import Profile, built_in_profile
 from fpforensics.verifier.score import EARLY, Scores, scores_of, worth_in_positions
@@ -50,6 +51,8 @@ CONTROLS = ("wrong-prompt", "model=disturbed")
 SAME = (SDPA, "attn=sdpa_math")
 ROWS = (*PROFILED, "quant=torchao-int4")
 LINEUP = (*KERNELS, "attn=sdpa_math", "dtype=fp16", "quant=torchao-int8")
+WHOLE = "claims name the dtype too, as a check does when no claim is given: the float32 anchor contradicts them"
+APART = Setting(apart=True, stated="another kind of device")
 PREFILL = 64
 MODEL = "smollm2-135m"
 WEIGHTS = "sha256:a2d61b15b0c52eca4c3b5264cda8173319788c03189d63c8d2898317d6e562d7"
@@ -132,6 +135,12 @@ class Tables:
         rows = [self.names.index(name) for name in names]
         return Tables(self.width, list(names), self.distances[rows], self.units[rows], self.to_anchor)
 
+    def with_anchor(self) -> Tables:
+        """The same with the anchor as a member: of other noise floors than the rest, none of its own."""
+        distances = np.concatenate([self.distances, self.to_anchor[None]])
+        units = np.concatenate([self.units, np.full_like(self.to_anchor[None], np.nan)])
+        return Tables(self.width, [*self.names, ANCHOR], distances, units, self.to_anchor)
+
     def scores(self, references: Sequence[int], claimed: str = SDPA) -> Scores:
         """What the decision sees of these prompts."""
         claimed = SDPA if claimed.startswith(("quant", *CONTROLS)) else claimed
@@ -154,6 +163,7 @@ def main() -> None:
     rates_.add_argument("--lies", type=int, default=200, help="of each lie")
     rates_.add_argument("--positions", type=int, nargs="+", default=[3, 16, 64])
     rates_.add_argument("--jobs", type=int, default=1, help="processes; the figures are the same with any number")
+    rates_.add_argument("--whole", action="store_true", help=WHOLE)
     picture_ = commands.add_parser("picture")
     picture_.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "images" / "layers.png")
     arguments = parser.parse_args()
@@ -161,7 +171,9 @@ def main() -> None:
         reduce(arguments.files, arguments.output)
     elif arguments.command == "rates":
         with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-            print_rates(pool, arguments.positions, arguments.prompts, arguments.verdicts, arguments.lies)
+            print_rates(
+                pool, arguments.positions, arguments.prompts, arguments.verdicts, arguments.lies, arguments.whole
+            )
     else:
         draw(load(), arguments.output)
 
@@ -250,11 +262,15 @@ def _kind(name: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A claim: evidence of ``row`` claimed to be ``claimed``; honest if that is what ran."""
+    """A claim: evidence of ``row`` claimed to be ``claimed``; honest if that is what ran.
+
+    ``whole``: the claim names the dtype too, so that the float32 anchor contradicts it.
+    """
 
     direction: Direction
     row: str
     claimed: str
+    whole: bool = False
 
     @property
     def honest(self) -> bool:
@@ -288,6 +304,7 @@ class Bundles:
         # Late cells were kept for the four kernels alone; beside other members the early layers decide.
         among = KERNELS if case.row in KERNELS and case.claimed in KERNELS else LINEUP
         self.members = [name for name in direction.members if name in among or name == case.claimed]
+        self.members += [ANCHOR] if case.whole else []
         self.covered = {name for name in self.members if name not in CONTROLS and profile.covers(parse_config(name))}
         if case.claimed in CONTROLS:  # other weights or another prompt behind the words of an honest claim
             self.covered.add(case.claimed)
@@ -296,7 +313,7 @@ class Bundles:
         self.cells = direction.phase_cells()
         self.windows = direction.windows(count)
         self.prompts = direction.complete(case.row, self.windows)
-        self.tables = [direction.tables(case.row, window).only(self.members) for window in self.windows]
+        self.tables = [self._of_members(direction.tables(case.row, window)) for window in self.windows]
         self.phases = [direction.parts(case.row, window) for window in self.windows]
         means = [direction.means(case.row, self.members, base, window) for window in self.windows]
         # (windows, members or nothing, prompts, cells): means over each window
@@ -304,6 +321,10 @@ class Bundles:
         self.known = np.flatnonzero(~np.isnan(self.evidence[:, :, self.prompts]).any(axis=(0, 1, 2)))
         self._measured: dict[tuple[int, int, int], dict[Cell, float]] = {}
         self._parts: dict[tuple[int, int], Part] = {}
+
+    def _of_members(self, tables: Tables) -> Tables:
+        known = tables.only([name for name in self.members if name != ANCHOR])
+        return known.with_anchor() if self.case.whole else known
 
     def measured(self, window: int, member: int, prompt: int) -> dict[Cell, float]:
         """The distance of one prompt to one member, by cell."""
@@ -341,7 +362,7 @@ class Bundles:
         pool = self.profile.pool(scores.positions)
         assert pool is not None
         parts = [self.part(window, prompt) for prompt in dict.fromkeys(drawn)] if len(drawn) > 1 else []
-        parts += [self._part(phase, of.only(self.members), drawn) for phase, of in self.phases[window].items()]
+        parts += [self._part(phase, self._of_members(of), drawn) for phase, of in self.phases[window].items()]
         fitting = {claimed, *(SAME if claimed in SAME else ())}
         noise = self.noise[window][drawn].mean(0)
         members = [
@@ -361,7 +382,10 @@ class Bundles:
             members=members,
             noise={self.cells[cell]: float(noise[cell]) for cell in self.known},
             kernel_classes=(SAME,) if set(SAME) <= set(self.members) else (),
-            calibration=Calibration(scores, pool, self.profile.name, self.covered, kinds=self.kinds, parts=parts),
+            calibration=Calibration(
+                scores, pool, self.profile.name, self.covered, wider=(ANCHOR,), kinds=self.kinds, parts=parts
+            ),
+            setting=APART,
         )
 
 
@@ -387,13 +411,14 @@ def singles(case: Case, profile: Profile, count: int) -> list[Counter[str]]:
 
 @dataclass(frozen=True)
 class Work:
-    """One case's verdicts to count: ``count`` positions of ``prompts`` prompts, ``wanted`` of them drawn."""
+    """One case's verdicts to count: ``count`` positions of ``prompts`` prompts, ``honest`` or ``lies`` of them drawn."""
 
     number: int
     count: int
     prompts: int
     honest: int
     lies: int
+    whole: bool
 
 
 @functools.cache
@@ -409,6 +434,7 @@ def judge(work: Work) -> list[Counter[str]]:
 
 def outcomes(case: Case, profile: Profile, work: Work) -> list[Counter[str]]:
     """By prompt where every prompt stands alone. Seeded by the case: any number of processes gives the same."""
+    case = replace(case, whole=work.whole)
     if work.prompts == 1:
         return singles(case, profile, work.count)
     wanted = work.honest if case.honest else work.lies
@@ -416,14 +442,16 @@ def outcomes(case: Case, profile: Profile, work: Work) -> list[Counter[str]]:
     return [verdicts(case, profile, work.prompts, work.count, wanted, rng)]
 
 
-def print_rates(pool: Workers, positions: Sequence[int], sizes: Sequence[int], honest: int, lies: int) -> None:
+def print_rates(
+    pool: Workers, positions: Sequence[int], sizes: Sequence[int], honest: int, lies: int, whole: bool
+) -> None:
     every, _ = _loaded()
     for count, prompts in itertools.product(positions, sizes):
         drawn = "every prompt and window"
         if prompts > 1:
             drawn = f"{honest} drawn for each honest case, {lies} for each lie"
         print(f"\n{prompts} prompts, {count} positions: {drawn}", flush=True)
-        asked = [Work(number, count, prompts, honest, lies) for number in range(len(every))]
+        asked = [Work(number, count, prompts, honest, lies, whole) for number in range(len(every))]
         print_outcomes(every, pool.imap(judge, asked), prompts)
 
 

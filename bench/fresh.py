@@ -1,6 +1,6 @@
 """Prompts that nothing was tuned on, other kinds of text than the profile's: how often whole verdicts on them are wrong.
 
-    bench/fresh.py documents -o FOLDER              the texts: Python's language reference, and source of its standard library
+    bench/fresh.py documents -o FOLDER              the texts: Python's language reference, and the source of its argparse
     bench/fresh.py reduce FILE… -o tests/assets/h100/fresh.npz
     bench/fresh.py rates [--verdicts 1000] [--lies 200]
     bench/fresh.py modes
@@ -47,17 +47,6 @@ JUDGED, HALVES = (3, 16, 64), (8, 32)
 """Positions that verdicts are counted at, and those that one of two phases gives to them."""
 COMPARED = (3, 16)
 """Positions that the ways to replay are compared at."""
-MODULES = (
-    "argparse",
-    "configparser",
-    "decimal",
-    "difflib",
-    "email.message",
-    "fractions",
-    "heapq",
-    "inspect",
-    "tarfile",
-)
 
 
 @dataclass(frozen=True)
@@ -68,8 +57,9 @@ class Windowed(decision.Direction):
 
     def complete(self, row: str, windows: Sequence[int]) -> list[int]:
         """Those that did not end earlier."""
-        found = self.by_position(row).to_anchor[..., list(windows)]
-        return [int(prompt) for prompt in np.flatnonzero(~np.isnan(found).any(axis=(1, 2)))]
+        every = self.by_position(row)
+        measured = np.concatenate([every.distances, every.to_anchor[None]])[..., list(windows)]
+        return [int(prompt) for prompt in np.flatnonzero(~np.isnan(measured).any(axis=(0, 2, 3)))]
 
     def windows(self, count: int) -> list[int]:
         """Their numbers."""
@@ -154,6 +144,7 @@ def main() -> None:
     rates_.add_argument("--lies", type=int, default=200, help="of each lie")
     rates_.add_argument("--positions", type=int, nargs="+", default=list(JUDGED))
     rates_.add_argument("--jobs", type=int, default=1, help="processes; the figures are the same with any number")
+    rates_.add_argument("--whole", action="store_true", help=decision.WHOLE)
     modes_ = commands.add_parser("modes")
     for command in (rates_, modes_):
         command.add_argument("--data", type=Path, default=DATA)
@@ -167,7 +158,9 @@ def main() -> None:
     else:
         with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
             for kind, count, prompts in itertools.product(arguments.kinds, arguments.positions, arguments.prompts):
-                work = Work(0, count, prompts, arguments.verdicts, arguments.lies, kind, arguments.data)
+                work = Work(
+                    0, count, prompts, arguments.verdicts, arguments.lies, arguments.whole, kind, arguments.data
+                )
                 print_rates(pool, work)
 
 
@@ -175,8 +168,7 @@ def documents(folder: Path) -> None:
     """Two texts that come with Python: prose and code."""
     folder.mkdir(parents=True, exist_ok=True)
     prose = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    code = "\n\n".join(inspect.getsource(__import__(name, fromlist=["_"])) for name in MODULES)
-    for name, text in (("language-reference", prose), ("standard-library", code)):
+    for name, text in (("language-reference", prose), ("standard-library", inspect.getsource(argparse))):
         path = folder / f"{name}.txt"
         path.write_text(text, encoding="utf-8")
         print(f"{path}: {len(text)} characters, Python {sys.version.split()[0]}")

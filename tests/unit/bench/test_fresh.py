@@ -20,7 +20,7 @@ MEMBERS = (decision.ANCHOR, SDPA, EAGER, INT8, "model=disturbed")
 PROMPTS = 6
 CUT = 4
 """A prompt whose generated positions end early."""
-FLOAT16 = 2**-7
+CODED = 2**-7
 """What codes of logarithms leave of a number."""
 
 
@@ -87,13 +87,13 @@ def test_sums_and_means_of_windows_are_those_of_their_positions(
             ours, theirs = windowed.tables(row, window), positions.tables(row, place)
             assert (ours.width, ours.names) == (width, theirs.names)
             for table in ("distances", "units", "to_anchor"):
-                np.testing.assert_allclose(getattr(ours, table), getattr(theirs, table), rtol=FLOAT16)
+                np.testing.assert_allclose(getattr(ours, table), getattr(theirs, table), rtol=CODED)
     means = [
         each.means(SDPA, [SDPA, EAGER], EAGER, window) for each, window in ((windowed, 4), (positions, places[4][1]))
     ]
     for found, expected in zip(*means, strict=True):
         assert found.shape[-1] == len(positions.cells) and not np.isnan(found).any()
-        np.testing.assert_allclose(found, expected, rtol=FLOAT16)
+        np.testing.assert_allclose(found, expected, rtol=CODED)
 
 
 def test_windows_are_judged_as_their_positions_are(positions: decision.Direction, kept: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def test_windows_are_judged_as_their_positions_are(positions: decision.Direction
         for drawn in ([0], [1, 2, 3]):
             one, other = ours.verdict(drawn, 0), theirs.verdict(drawn, 0)
             assert one.verdict == other.verdict
-            assert one.floors == pytest.approx(other.floors, rel=FLOAT16)
+            assert one.floors == pytest.approx(other.floors, rel=CODED)
 
 
 def test_half_of_the_positions_of_either_phase(positions: decision.Direction, kept: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def test_half_of_the_positions_of_either_phase(positions: decision.Direction, ke
     usable = mixed.complete(SDPA, [window])
     assert usable == [prompt for prompt in range(PROMPTS) if prompt != CUT]
     assert whole.width == 64 and list(parts) == ["prefill", "decode"]
-    np.testing.assert_allclose(whole.distances[:, usable], 2 * half[:, usable], rtol=FLOAT16)
+    np.testing.assert_allclose(whole.distances[:, usable], 2 * half[:, usable], rtol=CODED)
     bundles = decision.Bundles(decision.Case(mixed, SDPA, SDPA), built_in_profile(), 64)
     assert {cell.phase for cell in bundles.measured(0, 0, 0)} == {"prefill", "decode"}
 
@@ -173,8 +173,8 @@ def test_what_is_the_same_in_either_mode_is_said_to_be(data: Path, capsys: pytes
 
 def test_rates_count_every_prompt_and_window(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, count in (("prompt", 16), ("generated", 16), ("mixed", 32), ("mixed", 3), ("generated", 64)):
-        fresh.print_rates(InPlace(), fresh.Work(0, count, 1, 0, 0, kind, data))  # type: ignore[arg-type]
-    fresh.print_rates(InPlace(), fresh.Work(0, 16, PROMPTS + 1, 10, 5, "prompt", data))  # type: ignore[arg-type]
+        fresh.print_rates(InPlace(), fresh.Work(0, count, 1, 0, 0, False, kind, data))  # type: ignore[arg-type]
+    fresh.print_rates(InPlace(), fresh.Work(0, 16, PROMPTS + 1, 10, 5, False, "prompt", data))  # type: ignore[arg-type]
     blocks = capsys.readouterr().out.strip().split("\n\n")
     assert len(blocks) == 3  # none of halves of 3 positions, of more positions or prompts than there are
     for block, prompts in zip(blocks, (PROMPTS, PROMPTS - 1, PROMPTS - 1), strict=True):
