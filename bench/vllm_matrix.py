@@ -1,11 +1,12 @@
 """vLLM configs on one GPU: a signed bundle of each, the same tokens forced through all of them, and every bundle replayed by every config.
 
     bench/vllm_matrix.py --out DIR --model-path base=/models/x [--model-path awq=/models/x-awq ...]
-        [--seconds 540] [--stage make|cross|all] [--references 4] [--prompt 512] [--new 64] SPEC [SPEC ...]
+        [--seconds 540] [--stage make|cross|all] [--references 4] [--prompt 512] [--new 64] [--tokens BUNDLE] SPEC [SPEC ...]
 
 Each SPEC is a config as the prover takes it, e.g. ``model=base,attn=vllm_triton`` (``backend=vllm`` is implied; say
 ``backend=transformers`` for the other engine). Stage ``make`` starts each config once: the prover's session writes its bundle, then
-the first config's tokens are forced through it in both modes. Stage ``cross`` starts each again and replays every bundle in DIR.
+the first config's tokens, or those of ``--tokens``' bundle, are forced through it in both modes. Stage ``cross`` starts each again and
+replays every bundle in DIR.
 With ``--compact`` each config also leaves a bundle that is small enough to keep, with ``--wide`` one of many prompts. A config that fails is reported and left out. What is left when the time is over is named in ``results.json``.
 
 DIR/results.json: facts, seconds, failures, kernel classes by mode. DIR/distances.npz: ``shared/{mode}/{cell}`` and
@@ -57,6 +58,9 @@ class Driver:
         self.results: dict[str, dict[str, object]] = {name: {} for name in self.names}
         self.matrices: dict[str, np.ndarray] = {}
         self.forcings: list[Forcing] | None = None
+        if self.options.tokens:
+            with open_bundle(self.options.tokens, Keyring([KEY.public])) as bundle:
+                self.forcings = [bundle.forcing(bundle.evidence.rows[0], each.id) for each in bundle.references()]
         self.shared: dict[ReplayMode, dict[str, list[Trace]]] = {mode: {} for mode in MODES}
 
     def bundle(self, name: str, kind: str = "bundle") -> Path:
@@ -85,7 +89,7 @@ class Driver:
             self.write()
 
     def make(self, name: str, config: ExecutionConfig, engine: Engine) -> None:
-        """A bundle by the prover's own session, then the first config's tokens in both modes."""
+        """A bundle by the prover's own session, then the same tokens through each config in both modes."""
 
         @contextlib.contextmanager
         def running(*_: object) -> Iterator[Engine]:
@@ -212,6 +216,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--positions", type=int, default=16, help="prompt positions to capture")
     parser.add_argument("--layers", default="1,2,4,12,last")
+    parser.add_argument("--tokens", type=Path, metavar="BUNDLE", help="force this bundle's tokens, not the first config's")
     parser.add_argument("--debug", default="0")
     parser.add_argument(
         "--compact", action="store_true", help="also a bundle of few positions and layers, small enough to keep"
