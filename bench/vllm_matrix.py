@@ -216,7 +216,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--positions", type=int, default=16, help="prompt positions to capture")
     parser.add_argument("--layers", default="1,2,4,12,last")
-    parser.add_argument("--tokens", type=Path, metavar="BUNDLE", help="force this bundle's tokens, not the first config's")
+    parser.add_argument(
+        "--tokens", type=Path, metavar="BUNDLE", help="force this bundle's tokens, not the first config's"
+    )
     parser.add_argument("--debug", default="0")
     parser.add_argument(
         "--compact", action="store_true", help="also a bundle of few positions and layers, small enough to keep"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 _BLOCK = 128
 _GPU_MEMORY = 0.8
 GPU_MEMORY_VARIABLE = "FPFORENSICS_VLLM_GPU_MEMORY"
+_NO_SHARE = 0.01  # asks for next to nothing to be free at the start
+_CACHE_SIZE = re.compile(r"([0-9]{1,6})(M|G)iB")
+_UNITS = {"M": 1 << 20, "G": 1 << 30}
 _NO_MEMORY = (
     "out of memory",
     "CUDA error: out of memory",
@@ -118,7 +122,7 @@ def engine_options(config: ExecutionConfig, path: Path, device: str) -> dict[str
         _require_memory(config, of_one_rank * ranks)
         options["kv_cache_memory_bytes"] = of_one_rank
     else:
-        options["gpu_memory_utilization"] = _gpu_memory()
+        options.update(_gpu_memory())
     return options
 
 
@@ -133,16 +137,22 @@ def explained(config: ExecutionConfig, device: str) -> Iterator[None]:
         raise _explain(config, device, error) from error
 
 
-def _gpu_memory() -> float:
-    """The share of a GPU's memory that vLLM may take; less where a prover and a verifier share a GPU."""
+def _gpu_memory() -> dict[str, float]:
+    """vLLM's memory arguments on a GPU: its share of the memory, or a KV cache of so many bytes where the variable is a size.
+
+    With a share vLLM measures what is left for its cache, and fails where another process frees memory meanwhile; with a size it
+    measures nothing, so that engines may start beside each other on one GPU.
+    """
     text = os.environ.get(GPU_MEMORY_VARIABLE, str(_GPU_MEMORY))
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0.0 < share <= 1.0:
-        raise UsageError(f"{GPU_MEMORY_VARIABLE}={text!r}", "a number above 0 and at most 1")
-    return share
+    if (size := _CACHE_SIZE.fullmatch(text)) and (cache := int(size[1]) * _UNITS[size[2]]):
+        return {"kv_cache_memory_bytes": cache, "gpu_memory_utilization": _NO_SHARE}
+    with contextlib.suppress(ValueError):
+        if 0.0 < (share := float(text)) <= 1.0:
+            return {"gpu_memory_utilization": share}
+    raise UsageError(
+        f"{GPU_MEMORY_VARIABLE}={text!r}",
+        "a share of the GPU's memory, above 0 and at most 1, or the KV cache's size, e.g. 2GiB",
+    )
 
 
 def _require_memory(config: ExecutionConfig, wanted: int) -> None:

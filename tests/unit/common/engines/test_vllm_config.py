@@ -171,6 +171,33 @@ def test_a_kv_cache_that_memory_does_not_hold_is_refused(
     assert "kv_cache_memory_bytes" not in vllm_load.engine_options(config, path, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {"gpu_memory_utilization": 0.8}),
+        ("0.4", {"gpu_memory_utilization": 0.4}),
+        ("2GiB", {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.01}),
+        ("512MiB", {"kv_cache_memory_bytes": 512 << 20, "gpu_memory_utilization": 0.01}),
+    ],
+)
+def test_what_a_gpu_gives_is_a_share_or_a_caches_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, options: dict[str, float]
+) -> None:
+    monkeypatch.delenv(vllm_load.GPU_MEMORY_VARIABLE, raising=False)
+    if text:
+        monkeypatch.setenv(vllm_load.GPU_MEMORY_VARIABLE, text)
+    found = vllm_load.engine_options(parse_config("model=m,backend=vllm"), stored(tmp_path / "m"), "cuda")
+    memory = {name: found[name] for name in ("kv_cache_memory_bytes", "gpu_memory_utilization") if name in found}
+    assert memory == options
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "nan", "0GiB", "2GB", "-1", "much"])
+def test_another_amount_of_gpu_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
+    monkeypatch.setenv(vllm_load.GPU_MEMORY_VARIABLE, text)
+    with pytest.raises(UsageError, match=f"FPFORENSICS_VLLM_GPU_MEMORY={text!r}"):
+        vllm_load.engine_options(parse_config("model=m,backend=vllm"), stored(tmp_path / "m"), "cuda")
+
+
 def test_the_memory_that_is_left_is_some_of_what_there_is() -> None:
     psutil = pytest.importorskip("psutil")
     assert 0 < vllm_load.available_memory() <= psutil.virtual_memory().total
