@@ -1,15 +1,21 @@
-"""One table over suites' folders: each pair of configs, its SNR by the published rule and our decision, beside what was published.
+"""One table over suites' folders: each config beside its experiment's baseline, by the published rule and by our decision, and what was published.
 
-    python bench/suite_table.py FOLDER [FOLDER ...]
+    python bench/suite_table.py NAME=FOLDER[,FOLDER ...] [NAME=FOLDER ...]
 
-A folder is what `verifier suite run` leaves. Of each experiment the pairs with its baseline, at generated positions: the mean distance
-between the two configs, both ways, over the mean distance of each to its own replay. Where that is 0, a replay has the prover's own bits,
-and the test is equality. Decisions are the engine's, of hidden states after block 1 and of log-probabilities.
+A folder is what `verifier suite run` leaves; its two JSON files may be gzipped. A column for each NAME holds, of each config:
+
+- *sessions*: the mean distance of log-probabilities at prompt positions between its session and the baseline's, on the prover's machine;
+  0 says equal bits.
+- two SNRs with our decisions, at generated positions: of hidden states after block 1 and of log-probabilities. The mean distance between the
+  two configs, both ways, over the mean distance of each to its own replay. *One replay*: this verifier computes both configs with the same
+  bits, so that it cannot tell them apart.
+- of concurrent work the verdicts on numbers and on time.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,16 +35,23 @@ PUBLISHED = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    folders = parser.parse_args().folders
-    columns = [list(pairs(json.loads((folder / "experiments.json").read_text()))) for folder in folders]
-    for line in table([folder.name for folder in folders], columns):
+    parser.add_argument("columns", nargs="+", metavar="NAME=FOLDER[,FOLDER]")
+    named = [text.partition("=") for text in parser.parse_args().columns]
+    columns = [[row for folder in folders.split(",") for row in pairs(Path(folder))] for _, _, folders in named]
+    for line in table([name for name, _, _ in named], columns):
         print(line)
 
 
-def pairs(experiments: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+def read(folder: Path, name: str) -> Any:
+    """The JSON of ``folder/name``, or of its gzipped form."""
+    plain = folder / name
+    return json.loads(plain.read_bytes() if plain.exists() else gzip.decompress((folder / f"{name}.gz").read_bytes()))
+
+
+def pairs(folder: Path) -> Iterator[tuple[str, str, str]]:
     """(experiment, config, what was found) for each config beside its experiment's baseline; what did not run says why."""
-    for experiment in experiments:
+    reports = read(folder, "analysis_reports.json")
+    for experiment in read(folder, "experiments.json"):
         baselines: dict[str, str] = {}
         for config in experiment["configs"]:  # each prover's baseline comes first
             prover, name = config["prover"], config["config"]
@@ -47,10 +60,23 @@ def pairs(experiments: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, 
             if config["state"] != "finished":
                 yield experiment["name"], name, f"{config['state']}: {config['reason'].split(' (')[0]}"
                 continue
-            found = [_cell(experiment, prover, {baselines[prover], name}, *cell) for cell in CELLS]
+            found = [_sessions(reports[experiment["name"]], f"{prover}_{baselines[prover]}", f"{prover}_{name}")]
+            found += [_cell(experiment, prover, {baselines[prover], name}, *cell) for cell in CELLS]
+            found += [
+                f"numbers {work['numbers']}, time {work['time']}"
+                for work in experiment["forensics"]
+                if work["config"] == f"{prover}_{name}"
+            ]
             yield experiment["name"], name, "; ".join(found)
         if experiment["skipped"]:
             yield experiment["name"], "", f"skipped: {experiment['skipped']}"
+
+
+def _sessions(report: Mapping[str, Any], baseline: str, name: str) -> str:
+    """The distance between two of the prover's own sessions."""
+    found = report["prefill"]["logprobs"]
+    at = [found["configs"].index(each) for each in (baseline, name)]
+    return f"sessions {found['matrix'][at[0]][at[1]]:.3g}"
 
 
 def _cell(experiment: Mapping[str, Any], prover: str, names: set[str], signal: str, layer: str) -> str:
@@ -59,7 +85,7 @@ def _cell(experiment: Mapping[str, Any], prover: str, names: set[str], signal: s
             continue
         for pair in matrix["pairwise"]:
             if {pair["a"], pair["b"]} == names:
-                return f"{_ratio(pair)} {pair['decision']['verdict']}"
+                return "one replay" if pair["same_kernel_class"] else f"{_ratio(pair)} {pair['decision']['verdict']}"
     return "not replayed"
 
 
@@ -70,12 +96,13 @@ def _ratio(pair: Mapping[str, Any]) -> str:
 
 
 def table(names: Sequence[str], columns: Sequence[Sequence[tuple[str, str, str]]]) -> Iterator[str]:
-    """Markdown, a row for each config that any folder has."""
+    """Markdown, a row for each config that any column has, experiment by experiment."""
     cells = [{(experiment, config): found for experiment, config, found in column} for column in columns]
-    rows = list(dict.fromkeys(key for column in cells for key in column))
-    yield f"| experiment | config | published | {' | '.join(f'{name}: block 1; log-probabilities' for name in names)} |"
+    rows = dict.fromkeys(key for column in cells for key in column)
+    order = list(dict.fromkeys(experiment for experiment, _ in rows))
+    yield f"| experiment | config | published | {' | '.join(names)} |"
     yield "| --- " * (3 + len(names)) + "|"
-    for experiment, config in rows:
+    for experiment, config in sorted(rows, key=lambda row: order.index(row[0])):
         found = " | ".join(column.get((experiment, config), "—") for column in cells)
         yield f"| {experiment} | `{config}` | {PUBLISHED.get(experiment, NOT_PUBLISHED)} | {found} |"
 

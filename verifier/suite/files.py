@@ -208,9 +208,8 @@ def _states(
         for variant, job in [] if experiment.skip else jobs_of(experiment, jobs, prover.name):
             entry = ended.get(job.id)
             state = "open" if entry is None else str(entry.event)
-            yield ConfigStatus(
-                prover=prover.name, config=variant.name, state=state, reason=entry.reason if entry else ""
-            )
+            reason = entry.reason if entry else "not run (`verifier suite resume` goes on)"
+            yield ConfigStatus(prover=prover.name, config=variant.name, state=state, reason=reason)
 
 
 def _json(path: Path, value: object) -> None:

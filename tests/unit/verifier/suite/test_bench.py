@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import math
 import shutil
@@ -168,15 +169,27 @@ def test_parts(two: Path) -> None:
     assert bench.parts(suite, wasteful)[0].loads == 6
 
 
-def test_one_table_over_folders(two: Path) -> None:
+def test_one_table_over_folders(two: Path, tmp_path: Path) -> None:
     standing = bench_module("suite_table")
-    columns = [
-        list(standing.pairs(json.loads((two / name / "experiments.json").read_text()))) for name in ("one", "other")
-    ]
+    columns = [list(standing.pairs(two / name)) for name in ("one", "other")]
     assert columns[0] == columns[1]
+    for name in ("experiments.json", "analysis_reports.json"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((two / "one" / name).read_bytes()))
+    assert list(standing.pairs(tmp_path)) == columns[0]
     found = {config: said for _, config, said in columns[0]}
-    assert "DETECTABLE" in found["attn=eager"] and "NOT_DETECTABLE" not in found["attn=eager"]
-    assert found["concurrent=true"] == "equal NOT_DETECTABLE; equal NOT_DETECTABLE"
+    eager = found["attn=eager"].split("; ")
+    assert float(eager[0].removeprefix("sessions ")) > 0
+    assert len(eager) == 3 and all(each.endswith(" DETECTABLE") for each in eager[1:])
+    work = found["concurrent=true"].split("; ")
+    assert work[:3] == ["sessions 0", "one replay", "one replay"]
+    assert work[3].startswith("numbers UNTOUCHED, time ")
     head, rule, *rows = standing.table(["one", "other"], [columns[0], columns[1][:1]])
     assert {line.count("|") for line in (head, rule, *rows)} == {6}
     assert [line.split(" | ")[-1] for line in rows][-1] == "— |"
+
+
+def test_rows_of_one_experiment_stand_together() -> None:
+    standing = bench_module("suite_table")
+    rows = list(standing.table(["a", "b"], [[("x", "1", "p"), ("y", "1", "q")], [("x", "2", "r")]]))[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| x", "| x", "| y"]
+    assert [row.split(" | ")[-2:] for row in rows] == [["p", "— |"], ["—", "r |"], ["q", "— |"]]

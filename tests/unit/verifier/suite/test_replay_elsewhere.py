@@ -59,9 +59,9 @@ def test_a_session_that_is_open_stays_open(moved: Path, tiny: Path) -> None:
     (moved / "journal.jsonl").write_text("".join(line for line in lines if "attn=eager" not in line))
     replay_as(moved, tiny)
     written = run(opened(moved), sessions=False)
-    states = {config.config: config.state for each in written.experiments for config in each.configs}
-    assert states["attn=eager"] == "open"
-    assert states["baseline"] == "finished"
+    states = {config.config: (config.state, config.reason) for each in written.experiments for config in each.configs}
+    assert states["attn=eager"] == ("open", "not run (`verifier suite resume` goes on)")
+    assert states["baseline"] == ("finished", "")
 
 
 def test_replays_made_in_another_way_are_not_mixed(moved: Path, tiny: Path) -> None:
