@@ -55,6 +55,7 @@ SIGNALS = {
     "hidden states after the last block": "hidden_states-last",
     "log-probabilities": "logprobs-all",
 }
+FINGERPRINTS = ("decode_fingerprint", "prefill_fingerprint")
 EARLY = ("hidden_states-1", "hidden_states-2", "key_vectors-2", "key_vectors-4")
 LINEAGE = {"fa3": "base", "tp2": "base, emulate_tp=2", "awq_marlin": "awq", "gptq_marlin": "gptq", "bnb-nf4": "nf4"}
 """Which member a bundle's config is to transformers."""
@@ -148,7 +149,15 @@ def digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
 
 
+@cache
+def load_h100() -> Mapping[str, Mapping[str, Any]]:
+    """What an H100 gave: ``configs``, reports as in :attr:`Matrices.reports`, and ``bundles``, fingerprints of their traces."""
+    found: Mapping[str, Mapping[str, Any]] = json.loads((FOLDER / "h100.json").read_text())
+    return found
+
+
 def print_resolved() -> None:
+    h100 = load_h100()["configs"]
     rows: dict[str, list[str]] = {}
     for kind in KINDS:
         found = load(kind)
@@ -158,6 +167,7 @@ def print_resolved() -> None:
             kernels = facts["quantization_kernel"] or facts["numerics"]["matmul_operators"]
             experts = facts["numerics"].get("experts")
             same = report["bit_identical"], report["decode_replay_identical"]
+            there = all(h100[name][mode] == report[mode] for mode in FINGERPRINTS) if name in h100 else None
             rows.setdefault(
                 f"`{name}`",
                 [
@@ -165,9 +175,11 @@ def print_resolved() -> None:
                     kernels + (f"; {experts}" if experts else ""),
                     facts["numerics"]["cuda_graphs"],
                     *("yes" if each else "**no**" for each in same),
+                    "not run" if there is None else "yes" if there else "**no**",
                 ],
             )
     head = ["config", "attention", "linear layers", "CUDA graphs", "repetitions equal", "decode replay equal"]
+    head.append("same bits on an H100")
     table(head, [[name, *row] for name, row in rows.items()])
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vllm_tables import COMPARED, FOLDER, KINDS, SIGNALS, load, main
+from vllm_tables import COMPARED, FINGERPRINTS, FOLDER, KINDS, SIGNALS, load, load_h100, main
+
+from fpforensics.common.keys import Keyring
+from fpforensics.verifier.intake import open_bundle
+from fpforensics.verifier.replay import fingerprint
 
 DOC = FOLDER.parents[2] / "docs" / "vllm-evidence.md"
 FLEX = "model=base,attn=vllm_flex"
@@ -25,6 +29,27 @@ def test_the_same_config_gave_the_same_bits_in_five_runs() -> None:
     """FA3 is the first config of five of the files, each made by a run of its own."""
     (first,) = {load(kind).reports[load(kind).names[0]]["decode_fingerprint"] for kind in KINDS[:5]}
     assert first.startswith("a9ac8aaa")
+
+
+def test_an_h100_gave_the_bits_of_an_h200() -> None:
+    """Of every config that ran on both: the same tokens through it in both modes."""
+    ran = set()
+    for name, theirs in load_h100()["configs"].items():
+        assert theirs["facts"]["gpu"] == "NVIDIA H100 80GB HBM3"
+        for ours in (load(kind).reports[name] for kind in KINDS if name in load(kind).names):
+            assert ours["facts"]["gpu"] == "NVIDIA H200"
+            assert [theirs[mode] for mode in FINGERPRINTS] == [ours[mode] for mode in FINGERPRINTS]
+            ran.add(name)
+    assert len(ran) == len(load_h100()["configs"]) == 9
+
+
+@pytest.mark.parametrize("name", load_h100()["bundles"])
+def test_a_bundle_of_an_h200_holds_the_bits_that_an_h100_generated(name: str) -> None:
+    with open_bundle(FOLDER / f"{name}.msgpack", Keyring.from_paths([FOLDER / "prover.key.pub"])) as bundle:
+        (row,) = bundle.evidence.rows
+        assert row.facts.gpu == "NVIDIA H200"
+        traces = [bundle.trace(row, reference.id) for reference in bundle.references()]
+    assert fingerprint(traces) == load_h100()["bundles"][name]
 
 
 @pytest.mark.parametrize("kind", KINDS)
