@@ -4,11 +4,11 @@
 
 A folder is what `verifier suite run` leaves; its two JSON files may be gzipped. A column for each NAME holds, of each config:
 
-- *sessions*: the mean distance of log-probabilities at prompt positions between its session and the baseline's, on the prover's machine;
-  0 says equal bits.
-- two SNRs with our decisions, at generated positions: of hidden states after block 1 and of log-probabilities. The mean distance between the
-  two configs, both ways, over the mean distance of each to its own replay. *One replay*: this verifier computes both configs with the same
-  bits, so that it cannot tell them apart.
+- *sessions*: its session against the baseline's, on the prover's machine. Equal, where every token and every captured bit is; else the mean
+  distance of log-probabilities at prompt positions, then at generated ones where the tokens are the same.
+- where they differ, two SNRs with our decisions, at generated positions: of hidden states after block 1 and of log-probabilities. The mean
+  distance between the two configs, both ways, over the mean distance of each to its own replay. *One replay*: this verifier's replays of
+  both configs had the same bits, so that it cannot tell them apart.
 - of concurrent work the verdicts on numbers and on time.
 """
 
@@ -18,27 +18,45 @@ import argparse
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-CELLS = (("hidden_states", "1"), ("logprobs", ""))
+CAPTURED = tuple(product(("prefill", "decode"), ("logprobs", "key_vectors", "hidden_states")))
+CELLS = (("block 1", "hidden_states", "1"), ("log-probabilities", "logprobs", ""))
 NOT_PUBLISHED = "not published"
+_TP = "0.90 (TP 1, 2, 4; prompt positions)"
+_BATCH = "0 to 1.32 (last hidden state, within one GPU)"
+_AWQ_GPTQ = "not published; AWQ or GPTQ: 81.1"
 PUBLISHED = {
-    "batch_size": "0 to 1.32 (last hidden state)",
-    "quantization": "81.1 (log-probabilities, AWQ or GPTQ)",
-    "attention": "5.8 (log-probabilities, eager or sdpa), 1.0 (sdpa or FA2)",
-    "tensor_parallel": "0.90 (log-probabilities, prompt positions; TP 1, 2, 4)",
-    "concurrent_streams": "numbers untouched, slower",
+    ("batch_size", "batch=2"): _BATCH,
+    ("batch_size", "batch=4"): _BATCH,
+    ("quantization", "model=moe-awq_quant=awq_marlin"): _AWQ_GPTQ,
+    ("quantization", "model=moe-gptq_quant=gptq_marlin"): _AWQ_GPTQ,
+    ("attention", "attn=eager"): "5.8",
+    ("attention", "attn=sdpa"): "5.8",
+    ("attention", "attn=vllm_flash_attn_2"): "sdpa or FA2: 1.0",
+    ("tensor_parallel", "emulate_tp=2"): _TP,
+    ("tensor_parallel", "emulate_tp=4"): _TP,
+    ("tensor_parallel", "tp=2"): _TP,
+    ("concurrent_streams", "concurrent=true"): "numbers untouched, slower",
 }
-"""SNR, A100 against H100, at generated positions unless said otherwise; sources: docs/vllm-evidence.md."""
+"""SNR of log-probabilities at generated positions, A100 against H100, unless said otherwise; docs/vllm-evidence.md says of which models and
+engines. Of concurrent streams: the plan's finding."""
+
+Row = tuple[str, str, str]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("columns", nargs="+", metavar="NAME=FOLDER[,FOLDER]")
-    named = [text.partition("=") for text in parser.parse_args().columns]
-    columns = [[row for folder in folders.split(",") for row in pairs(Path(folder))] for _, _, folders in named]
-    for line in table([name for name, _, _ in named], columns):
+    columns: dict[str, list[Row]] = {}
+    for text in parser.parse_args().columns:
+        name, equals, folders = text.partition("=")
+        if not (name and equals and folders):
+            parser.error(f"{text!r}: write NAME=FOLDER or NAME=FOLDER,FOLDER")
+        columns[name] = [row for folder in folders.split(",") for row in pairs(Path(folder))]
+    for line in table(columns):
         print(line)
 
 
@@ -48,63 +66,92 @@ def read(folder: Path, name: str) -> Any:
     return json.loads(plain.read_bytes() if plain.exists() else gzip.decompress((folder / f"{name}.gz").read_bytes()))
 
 
-def pairs(folder: Path) -> Iterator[tuple[str, str, str]]:
+def pairs(folder: Path) -> Iterator[Row]:
     """(experiment, config, what was found) for each config beside its experiment's baseline; what did not run says why."""
     reports = read(folder, "analysis_reports.json")
     for experiment in read(folder, "experiments.json"):
+        report = reports.get(experiment["name"], {})
+        several = len({config["prover"] for config in experiment["configs"]}) > 1
         baselines: dict[str, str] = {}
         for config in experiment["configs"]:  # each prover's baseline comes first
             prover, name = config["prover"], config["config"]
             if baselines.setdefault(prover, name) == name:
                 continue
-            if config["state"] != "finished":
-                yield experiment["name"], name, f"{config['state']}: {config['reason'].split(' (')[0]}"
-                continue
-            found = [_sessions(reports[experiment["name"]], f"{prover}_{baselines[prover]}", f"{prover}_{name}")]
-            found += [_cell(experiment, prover, {baselines[prover], name}, *cell) for cell in CELLS]
-            found += [
-                f"numbers {work['numbers']}, time {work['time']}"
-                for work in experiment["forensics"]
-                if work["config"] == f"{prover}_{name}"
-            ]
-            yield experiment["name"], name, "; ".join(found)
+            if config["state"] == "finished":
+                found = _found(experiment, report, prover, baselines[prover], name)
+            else:
+                found = f"{config['state']}: {config['reason'].split(' (')[0]}"
+            yield experiment["name"], f"{prover}: {name}" if several else name, found
         if experiment["skipped"]:
             yield experiment["name"], "", f"skipped: {experiment['skipped']}"
 
 
-def _sessions(report: Mapping[str, Any], baseline: str, name: str) -> str:
+def _found(experiment: Mapping[str, Any], report: Mapping[str, Any], prover: str, baseline: str, name: str) -> str:
+    of_prover = f"{prover}_{baseline}", f"{prover}_{name}"
+    distances = {(phase, signal): _between(report, phase, signal, *of_prover) for phase, signal in CAPTURED}
+    if set(distances.values()) == {"0"}:
+        found = ["sessions equal"]
+    else:
+        found = [f"sessions {distances['prefill', 'logprobs']}, {distances['decode', 'logprobs']}"]
+        found += _decisions(experiment, prover, {baseline, name})
+    works = (work for work in experiment["forensics"] if work["config"] == of_prover[1])
+    return "; ".join([*found, *(f"numbers {work['numbers']}, time {work['time']}" for work in works)])
+
+
+def _between(report: Mapping[str, Any], phase: str, signal: str, a: str, b: str) -> str:
     """The distance between two of the prover's own sessions."""
-    found = report["prefill"]["logprobs"]
-    at = [found["configs"].index(each) for each in (baseline, name)]
-    return f"sessions {found['matrix'][at[0]][at[1]]:.3g}"
+    found = report.get(phase, {}).get(signal)
+    if not found or not {a, b} <= set(found["configs"]):
+        return "not analyzed"
+    if any(set(each["configs"]) == {a, b} for each in found["diverged"]):
+        return "tokens differ"
+    distance = found["matrix"][found["configs"].index(a)][found["configs"].index(b)]
+    return "not compared" if distance is None else f"{distance:.3g}"
 
 
-def _cell(experiment: Mapping[str, Any], prover: str, names: set[str], signal: str, layer: str) -> str:
+def _decisions(experiment: Mapping[str, Any], prover: str, names: set[str]) -> Iterator[str]:
+    for label, signal, layer in CELLS:
+        pair = _pair(experiment, prover, names, signal, layer)
+        if pair is None:
+            yield "not replayed"
+            return
+        if pair["same_kernel_class"]:
+            yield "one replay"
+            return
+        yield f"{label} {_ratio(pair)} {pair['decision']['verdict']}"
+
+
+def _pair(
+    experiment: Mapping[str, Any], prover: str, names: set[str], signal: str, layer: str
+) -> Mapping[str, Any] | None:
     for matrix in experiment["matrices"].get(prover, []):
-        if (matrix["phase"], matrix["signal"], matrix["layer"]) != ("decode", signal, layer):
-            continue
-        for pair in matrix["pairwise"]:
-            if {pair["a"], pair["b"]} == names:
-                return "one replay" if pair["same_kernel_class"] else f"{_ratio(pair)} {pair['decision']['verdict']}"
-    return "not replayed"
+        if (matrix["phase"], matrix["signal"], matrix["layer"]) == ("decode", signal, layer):
+            return next((pair for pair in matrix["pairwise"] if {pair["a"], pair["b"]} == names), None)
+    return None
 
 
 def _ratio(pair: Mapping[str, Any]) -> str:
+    """Without noise a replay has the prover's own bits, and the test is equality."""
     if pair["noise"] == 0:
         return "equal" if pair["signal"] == 0 else f"unequal ({pair['signal']:.3g})"
     return f"{pair['snr']:.2f}"
 
 
-def table(names: Sequence[str], columns: Sequence[Sequence[tuple[str, str, str]]]) -> Iterator[str]:
+def table(columns: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """Markdown, a row for each config that any column has, experiment by experiment."""
-    cells = [{(experiment, config): found for experiment, config, found in column} for column in columns]
-    rows = dict.fromkeys(key for column in cells for key in column)
-    order = list(dict.fromkeys(experiment for experiment, _ in rows))
-    yield f"| experiment | config | published | {' | '.join(names)} |"
-    yield "| --- " * (3 + len(names)) + "|"
-    for experiment, config in sorted(rows, key=lambda row: order.index(row[0])):
-        found = " | ".join(column.get((experiment, config), "—") for column in cells)
-        yield f"| {experiment} | `{config}` | {PUBLISHED.get(experiment, NOT_PUBLISHED)} | {found} |"
+    cells = {
+        name: {(experiment, config): found for experiment, config, found in rows} for name, rows in columns.items()
+    }
+    for name, rows in columns.items():
+        if len(cells[name]) < len(rows):
+            raise SystemExit(f"column {name!r} holds a config twice: its folders overlap")
+    keys = dict.fromkeys(key for column in cells.values() for key in column)
+    order = list(dict.fromkeys(experiment for experiment, _ in keys))
+    yield f"| experiment | config | published | {' | '.join(columns)} |"
+    yield "| --- " * (3 + len(columns)) + "|"
+    for key in sorted(keys, key=lambda key: order.index(key[0])):
+        found = " | ".join(column.get(key, "—") for column in cells.values())
+        yield f"| {key[0]} | `{key[1]}` | {PUBLISHED.get(key, NOT_PUBLISHED)} | {found} |"
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class Driver:
         self.results: dict[str, dict[str, object]] = {name: {} for name in self.names}
         self.matrices: dict[str, np.ndarray] = {}
         self.forcings: list[Forcing] | None = None
-        if self.options.tokens:
-            with open_bundle(self.options.tokens, Keyring([KEY.public])) as bundle:
+        if options.tokens:
+            with open_bundle(options.tokens, Keyring([KEY.public])) as bundle:
                 self.forcings = [bundle.forcing(bundle.evidence.rows[0], each.id) for each in bundle.references()]
         self.shared: dict[ReplayMode, dict[str, list[Trace]]] = {mode: {} for mode in MODES}
 
@@ -217,7 +217,10 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=16, help="prompt positions to capture")
     parser.add_argument("--layers", default="1,2,4,12,last")
     parser.add_argument(
-        "--tokens", type=Path, metavar="BUNDLE", help="force this bundle's tokens, not the first config's"
+        "--tokens",
+        type=Path,
+        metavar="BUNDLE",
+        help="force this bundle's tokens, at its positions, not the first config's",
     )
     parser.add_argument("--debug", default="0")
     parser.add_argument(
@@ -230,7 +233,10 @@ def main() -> None:
         metavar="N",
         help="also a bundle of N short prompts, for bench/evidence.py replay",
     )
-    driver = Driver(parser.parse_args())
+    options = parser.parse_args()
+    if options.tokens and options.stage == "cross":
+        parser.error("--tokens: stage cross forces each bundle's own tokens")
+    driver = Driver(options)
     if driver.options.stage != "cross":
         driver.each("make", driver.make)
     if driver.options.stage != "make":

@@ -140,8 +140,8 @@ def explained(config: ExecutionConfig, device: str) -> Iterator[None]:
 def _gpu_memory() -> dict[str, float]:
     """vLLM's memory arguments on a GPU: its share of the memory, or a KV cache of so many bytes where the variable is a size.
 
-    With a share vLLM measures what is left for its cache, and fails where another process frees memory meanwhile; with a size it
-    measures nothing, so that engines may start beside each other on one GPU.
+    Each on every GPU. With a share vLLM measures what is left for its cache, and fails where another process frees memory meanwhile;
+    with a size it does not, so that engines may start beside each other on one GPU.
     """
     text = os.environ.get(GPU_MEMORY_VARIABLE, str(_GPU_MEMORY))
     if (size := _CACHE_SIZE.fullmatch(text)) and (cache := int(size[1]) * _UNITS[size[2]]):
@@ -208,7 +208,8 @@ def _explain(config: ExecutionConfig, device: str, error: Exception) -> Error:
     ):
         return ReplayError(
             f"out of memory on {device}: model {config.model}, dtype={config.dtype}, batch={config.batch_size or 'auto'}",
-            "use a smaller model, batch or prompt, more ranks (tp), or another device",
+            "use a smaller model, batch or prompt, more ranks (tp), or another device"
+            + (f"; {GPU_MEMORY_VARIABLE} says how much vLLM may take" if device == "cuda" else ""),
         )
     if "are not supported for now" in text or "no vLLM implementation" in text or "architectures" in text:
         return UsageError(f"vLLM has no implementation of {config.model}: {text[:300]}", "use backend=transformers")

@@ -28,7 +28,7 @@ from fpforensics.verifier.suite.model import Experiment, ProverSpec, Variant
 from fpforensics.verifier.suite.plan import Job, jobs_of, plan_jobs, plan_replays, replay_id, replayed_as
 from fpforensics.verifier.suite.replays import claimed_verified
 from fpforensics.verifier.suite.sessions import Report, Setting
-from fpforensics.verifier.suite.timing import Timing, is_finished, timings
+from fpforensics.verifier.suite.timing import Timing, counted, is_finished, timings
 
 REFERENCE_FILE = "reference_baseline.json"
 
@@ -179,7 +179,7 @@ def _runs(
     for (prover, variant, job), bundle in opened:
         evidence, row = bundle.evidence, bundle.evidence.rows[0]
         prompts = {entry.id: entry.prompt_ids for entry in evidence.references}
-        seconds = ended[job.id].wall_seconds or row.repetitions.wall_seconds
+        seconds = counted(ended[job.id].wall_seconds or row.repetitions.wall_seconds, variant)
         for entry in row.traces:
             trace = bundle.trace(row, entry.reference_id)
             info = RunInfo(

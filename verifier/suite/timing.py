@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgspec
 
 from fpforensics.verifier.suite.journal import Entry
-from fpforensics.verifier.suite.model import Experiment
+from fpforensics.verifier.suite.model import Experiment, Variant
 from fpforensics.verifier.suite.plan import Job, jobs_of
 from fpforensics.verifier.suite.sessions import Setting
 
@@ -17,7 +17,7 @@ from fpforensics.verifier.suite.sessions import Setting
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """How long a config's repetitions took. ``slowdown`` is the mean over the baseline's, with a 95 % interval.
 
-    The interval is Fieller's for a ratio of means of unequal variance, with Welch's degrees of freedom; None where there are
+    ``seconds`` are those of all repetitions, the rest is of those that :func:`counted` leaves. The interval is Fieller's for a ratio of means of unequal variance, with Welch's degrees of freedom; None where there are
     too few repetitions, or where it is unbounded.
     """
 
@@ -43,17 +43,22 @@ def timings(
         for variant, job in jobs_of(experiment, jobs, prover.name):
             if not is_finished(job, ended):
                 continue
-            seconds = ended[job.id].wall_seconds
+            seconds = counted(ended[job.id].wall_seconds, variant)
             base = base or seconds
             own = seconds is base
             yield Timing(
                 config=f"{prover.name}_{variant.name}",
-                seconds=seconds,
+                seconds=ended[job.id].wall_seconds,
                 mean=statistics.fmean(seconds),
                 variance=statistics.variance(seconds) if len(seconds) > 1 else 0.0,
                 slowdown=None if own or not any(base) else statistics.fmean(seconds) / statistics.fmean(base),
                 interval=None if own else slowdown_interval(seconds, base),
             )
+
+
+def counted(seconds: tuple[float, ...], variant: Variant) -> tuple[float, ...]:
+    """Without the first of three or more repetitions in one worker: a GPU's kernels are loaded and compiled in it."""
+    return seconds if variant.reload or len(seconds) < 3 else seconds[1:]
 
 
 def slowdown_interval(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:

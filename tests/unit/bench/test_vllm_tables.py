@@ -41,6 +41,7 @@ def test_an_h100_gave_the_bits_of_an_h200() -> None:
             assert [theirs[mode] for mode in FINGERPRINTS] == [ours[mode] for mode in FINGERPRINTS]
             ran.add(name)
     assert len(ran) == len(load_h100()["configs"]) == 9
+    assert len(load_h100()["bundles"]) == 7
 
 
 @pytest.mark.parametrize("name", load_h100()["bundles"])

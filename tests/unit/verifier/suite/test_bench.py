@@ -171,25 +171,65 @@ def test_parts(two: Path) -> None:
 
 def test_one_table_over_folders(two: Path, tmp_path: Path) -> None:
     standing = bench_module("suite_table")
-    columns = [list(standing.pairs(two / name)) for name in ("one", "other")]
-    assert columns[0] == columns[1]
+    columns = {name: list(standing.pairs(two / name)) for name in ("one", "other")}
+    numbers = [[(*row[:2], row[2].partition(", time ")[0]) for row in column] for column in columns.values()]
+    assert numbers[0] == numbers[1]
     for name in ("experiments.json", "analysis_reports.json"):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((two / "one" / name).read_bytes()))
-    assert list(standing.pairs(tmp_path)) == columns[0]
-    found = {config: said for _, config, said in columns[0]}
-    eager = found["attn=eager"].split("; ")
-    assert float(eager[0].removeprefix("sessions ")) > 0
-    assert len(eager) == 3 and all(each.endswith(" DETECTABLE") for each in eager[1:])
-    work = found["concurrent=true"].split("; ")
-    assert work[:3] == ["sessions 0", "one replay", "one replay"]
-    assert work[3].startswith("numbers UNTOUCHED, time ")
-    head, rule, *rows = standing.table(["one", "other"], [columns[0], columns[1][:1]])
+    assert list(standing.pairs(tmp_path)) == columns["one"]
+    found = {config: said for _, config, said in columns["one"]}
+    sessions, *decisions = found["attn=eager"].split("; ")
+    assert float(sessions.removeprefix("sessions ").partition(", ")[0]) > 0
+    assert [each.split()[-1] for each in decisions] == ["DETECTABLE", "DETECTABLE"]
+    assert found["concurrent=true"].startswith("sessions equal; numbers UNTOUCHED, time ")
+    head, rule, *rows = standing.table({"one": columns["one"], "other": columns["other"][:1]})
     assert {line.count("|") for line in (head, rule, *rows)} == {6}
-    assert [line.split(" | ")[-1] for line in rows][-1] == "— |"
+    assert rows[-1].endswith("| — |")
+    with pytest.raises(SystemExit, match="holds a config twice"):
+        list(standing.table({"both": columns["one"] + columns["other"]}))
+
+
+def test_sessions_that_differ_at_generated_positions_alone_are_not_equal(two: Path, tmp_path: Path) -> None:
+    standing = bench_module("suite_table")
+    for name in ("experiments.json", "analysis_reports.json"):
+        shutil.copy(two / "one" / name, tmp_path)
+    path = tmp_path / "analysis_reports.json"
+    reports = json.loads(path.read_text())
+    found = reports["concurrent_streams"]["decode"]["hidden_states"]
+    found["matrix"] = [[0.0, 0.5], [0.5, 0.0]]
+    path.write_text(json.dumps(reports))
+    said = {config: said for _, config, said in standing.pairs(tmp_path)}["concurrent=true"]
+    assert said.startswith("sessions 0, 0; one replay; numbers UNTOUCHED")
+    found["diverged"] = [{"configs": found["configs"][::-1], "reference": "ref_0", "step": 1}]
+    reports["concurrent_streams"]["decode"]["logprobs"]["diverged"] = found["diverged"]
+    del reports["attention"]
+    path.write_text(json.dumps(reports))
+    rows = {config: said for _, config, said in standing.pairs(tmp_path)}
+    assert rows["concurrent=true"].startswith("sessions 0, tokens differ; ")
+    assert rows["attn=eager"].startswith("sessions not analyzed, not analyzed; ")
 
 
 def test_rows_of_one_experiment_stand_together() -> None:
     standing = bench_module("suite_table")
-    rows = list(standing.table(["a", "b"], [[("x", "1", "p"), ("y", "1", "q")], [("x", "2", "r")]]))[2:]
+    rows = list(standing.table({"a": [("x", "1", "p"), ("y", "1", "q")], "b": [("x", "2", "r")]}))[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| x", "| x", "| y"]
     assert [row.split(" | ")[-2:] for row in rows] == [["p", "— |"], ["—", "r |"], ["q", "— |"]]
+
+
+def test_the_readme_holds_the_table_of_the_examples() -> None:
+    standing = bench_module("suite_table")
+    root = Path(__file__).parents[4]
+    results = root / "examples" / "results"
+    columns = {
+        "H100, replayed on a CPU": ["h100-on-cpu"],
+        "CPU, replayed on an H100": ["cpu-on-h100"],
+        "two H200 under vLLM, replayed on a CPU": ["two-h200-kernels", "two-h200-ranks"],
+    }
+    rows = {
+        name: [row for folder in folders for row in standing.pairs(results / folder)]
+        for name, folders in columns.items()
+    }
+    printed = list(standing.table(rows))
+    assert len(printed) == 24
+    text = (root / "README.md").read_text()
+    assert not [line for line in printed if line not in text]

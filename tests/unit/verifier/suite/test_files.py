@@ -13,10 +13,12 @@ from fake_engine import FakeEngine, starter
 from page_parser import Page
 from suite_world import TOML, Starts, make, opened, run
 
+from fpforensics.common.config import parse_config
 from fpforensics.common.errors import ReplayError
 from fpforensics.common.lab.reader import open_experiment
 from fpforensics.verifier.suite.journal import read_journal
-from fpforensics.verifier.suite.timing import slowdown_interval
+from fpforensics.verifier.suite.model import Variant
+from fpforensics.verifier.suite.timing import counted, slowdown_interval
 
 TWO = """
 [[prover]]
@@ -54,6 +56,21 @@ def test_timing(unbroken: Path) -> None:
     assert base["slowdown"] is None
     assert len(base["seconds"]) == len(other["seconds"]) == 2  # one worker, and two
     assert other["slowdown"] == pytest.approx(other["mean"] / base["mean"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reload", "left"),
+    [
+        ((5.0, 2.5, 2.4), False, (2.5, 2.4)),
+        ((5.0, 2.5, 2.4), True, (5.0, 2.5, 2.4)),  # each in a worker of its own
+        ((5.0, 2.5), False, (5.0, 2.5)),
+        ((5.0,), False, (5.0,)),
+    ],
+)
+def test_the_repetition_that_warms_up_is_not_counted(
+    seconds: tuple[float, ...], reload: bool, left: tuple[float, ...]
+) -> None:
+    assert counted(seconds, Variant(name="x", config=parse_config("model=m"), reload=reload)) == left
 
 
 def test_slowdown_interval() -> None:
