@@ -218,7 +218,8 @@ def replay_bundle(
     # Anchors first: the others' own noise is measured against them.
     anchors = {each.anchor for each in checked}
     ordered = sorted(members, key=lambda member: member.config not in anchors)
-    for replay in run_lineup(bundle, ordered, rows, plan.mode, host, report, cancelled, start):
+    missed = collected.missed(describe_environment(host.env), plan.mode)
+    for replay in run_lineup(bundle, ordered, rows, plan.mode, host, report, cancelled, start, missed):
         collected.add(replay)
     collected.in_order([member.id for member in members])
     return checked, collected

@@ -16,10 +16,10 @@ from fpforensics.common.signals import PHASES, Phase, Trace
 from fpforensics.verifier import decision
 from fpforensics.verifier.distance import Cell, trace_distances
 from fpforensics.verifier.environment_diff import compare_environments
-from fpforensics.verifier.exact import Setting, first_difference, setting_of
+from fpforensics.verifier.exact import Setting, setting_of
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import Measurement, kernel_classes
-from fpforensics.verifier.replay import Member, MemberReplay, fingerprint, weights_of
+from fpforensics.verifier.replay import Member, MemberReplay, Missed, departure, fingerprint, weights_of
 from fpforensics.verifier.score import EARLY, Scores, score
 
 ANCHOR_PREFIX = "anchor:"
@@ -60,7 +60,8 @@ class Collector:
         self._noise: dict[
             tuple[str, ExecutionConfig], dict[str, dict[Cell, float]]
         ] = {}  # (label, member) -> reference
-        self._first_difference: dict[str, str] = {}  # label -> where the evidence leaves the claimed config's replay
+        self._departures: dict[str, str] = {}  # label -> where the evidence leaves the claimed config's replay
+        self._unsettled: dict[str, str] = {}  # label -> where two replays of the claimed config differ
         self.reports: list[MemberReport] = []
         self.measurements: list[Measurement] = []
 
@@ -97,8 +98,8 @@ class Collector:
             if member.config in needed:
                 self._kept[member.config, each.label] = traces
             if member.config == each.config:
-                ours = (self._bundle.trace(each.row, trace.reference_id) for trace in traces)  # one at a time
-                self._first_difference[each.label] = first_difference(ours, traces)
+                self._departures[each.label] = departure(self._bundle, each.row, traces)
+                self._unsettled[each.label] = replay.unsettled.get(each.row.config_id, "")
             self._measure_noise(each, member, traces)
             # An anchor whose dtype contradicts the claim is a member like any other, for the row that it anchors; that it takes the
             # plainest attention is our own choice, and speaks against nobody.
@@ -205,9 +206,22 @@ class Collector:
     def setting(self, each: Checked, verifier: Environment, mode: ReplayMode) -> Setting:
         """How the prover's stated hardware, software and kernels stand to this verifier's."""
         replayed = self.claimed_facts(each)
-        stated = self._bundle.evidence.environment
-        differences = compare_environments(stated, each.row.facts, verifier, replayed, mode=mode)
-        return setting_of(each.row, replayed, differences, mode, self._first_difference[each.label])
+        differences = compare_environments(self.environment, each.row.facts, verifier, replayed, mode=mode)
+        found = self._departures[each.label], self._unsettled[each.label]
+        return setting_of(each.row, replayed, differences, mode, *found)
+
+    def missed(self, here: Environment, mode: ReplayMode) -> Missed:
+        """Of a claimed config's replay in the prover's own setting: whether a bit differs."""
+
+        def missed(member: Member, row: Row, traces: Sequence[Trace], facts: EngineFacts) -> bool:
+            if not any(each.row is row and each.config == member.config for each in self._checked):
+                return False
+            differences = compare_environments(self.environment, row.facts, here, facts, mode=mode)
+            if not setting_of(row, facts, differences, mode, "").shared:
+                return False
+            return bool(departure(self._bundle, row, traces))
+
+        return missed
 
     def in_order(self, names: Sequence[str]) -> None:
         """Put reports and measurements in the order of ``names``, whatever order the replays came in."""

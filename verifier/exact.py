@@ -29,7 +29,8 @@ class Setting:
 
     ``shared``: the same, and it repeats bit-exactly. ``apart``: another kind of device, by its name ``stated``.
     ``first_difference`` says where the evidence stops being equal to the claimed config's replay; empty where it does not.
-    ``but_for``: the few things, none of them hardware, that keep it from being shared, such as the number of threads.
+    ``but_for``: the few things, none of them hardware, that keep it from being shared, such as the number of threads, or replays
+    here that differ from each other.
     """
 
     shared: bool = False
@@ -44,9 +45,15 @@ UNKNOWN = Setting()
 
 
 def setting_of(
-    row: Row, replayed: EngineFacts, differences: Iterable[Difference], mode: ReplayMode, first_difference: str
+    row: Row,
+    replayed: EngineFacts,
+    differences: Iterable[Difference],
+    mode: ReplayMode,
+    first_difference: str,
+    unsettled: str = "",
 ) -> Setting:
-    """``differences`` compare the row's environment and facts with those of the claimed config's replay."""
+    """``differences`` compare the row's environment and facts with those of the claimed config's replay. ``unsettled`` says where two
+    replays here first differ: a config that does not repeat here is held to no equality."""
     stated = row.facts
     repeats = (
         mode == "decode"
@@ -57,9 +64,10 @@ def setting_of(
     )
     others = [each for each in differences if not each.equal and _decides_rounding(each, stated.device)]
     near = len(others) <= _FEW and all(each.kind != "hardware" for each in others)
+    named = [*map(_named, others), *([f"two replays here, which first differ at {unsettled}"] if unsettled else [])]
     return Setting(
-        shared=repeats and not others,
-        but_for=tuple(map(_named, others)) if repeats and near else (),
+        shared=repeats and not named,
+        but_for=tuple(named) if repeats and near else (),
         apart=stated.device != replayed.device,
         stated=stated.gpu or stated.device,
         first_difference=first_difference,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -16,6 +16,7 @@ from fpforensics.common.engines.transformers_load import WEIGHT_ONLY
 from fpforensics.common.errors import CancelledError, MissingDependencyError, ReplayError, UsageError, shorten
 from fpforensics.common.evidence import Row
 from fpforensics.common.signals import PHASES, CapturePlan, Trace
+from fpforensics.verifier.exact import first_difference
 from fpforensics.verifier.intake import VerifiedBundle
 
 Report = Callable[[str, int, int], None]
@@ -45,13 +46,21 @@ class Member:
 
 @dataclass(frozen=True)
 class MemberReplay:
-    """What one member's worker produced: traces by row id, in the bundle's order of references."""
+    """What one member's worker produced: traces by row id, in the bundle's order of references.
+
+    ``unsettled``: by row id, where two replays of one evidence first differ, neither of which has its bits.
+    """
 
     member: Member
     traces: Mapping[str, Sequence[Trace]]
     facts: EngineFacts | None
     seconds: float
     skipped: str = ""
+    unsettled: Mapping[str, str] = field(default_factory=dict)
+
+
+Missed = Callable[[Member, Row, Sequence[Trace], EngineFacts], bool]
+"""Whether a replay should have the row's own bits, and has not. Then it is made once more before anybody is accused."""
 
 
 def anchor_of(config: ExecutionConfig, *, experts: bool = False) -> ExecutionConfig | None:
@@ -123,8 +132,11 @@ def run_lineup(
     report: Report,
     cancelled: Callable[[], bool] = lambda: False,
     start: EngineStarter = start_engine,
+    missed: Missed = lambda _member, _row, _traces, _facts: False,
 ) -> Iterator[MemberReplay]:
     """Yield each member's replay of the rows that ``rows[member.id]`` names, one member after the other.
+
+    A replay that is ``missed`` is made again in the same worker, and the second one counts if it has the evidence's bits.
 
     Raises :class:`ReplayError` (or its kin) naming the member that could not run.
     """
@@ -135,9 +147,8 @@ def run_lineup(
         report(f"{member.id}: starting", done, total)
         started = time.perf_counter()
         try:
-            traces, facts = _replay_member(
-                bundle, member, rows[member.id], mode, host, cancelled, _relay(report, member.id, done, total), start
-            )
+            tell = _relay(report, member.id, done, total)
+            found = _replay_member(bundle, member, rows[member.id], mode, host, cancelled, tell, start, missed)
         except (ReplayError, MissingDependencyError, UsageError) as error:
             if member.optional and not isinstance(error, CancelledError):
                 yield MemberReplay(member, {}, None, 0.0, skipped=shorten(error.diagnostics(), MAX_REASON))
@@ -146,7 +157,7 @@ def run_lineup(
             error.message = f"{member.id}: {error.message}"
             raise
         done += len(rows[member.id]) * len(references)
-        yield MemberReplay(member, traces, facts, time.perf_counter() - started)
+        yield replace(found, seconds=time.perf_counter() - started)
 
 
 def fingerprint(traces: Sequence[Trace]) -> str:
@@ -169,10 +180,12 @@ def _replay_member(
     cancelled: Callable[[], bool],
     tell: Callable[[int], None],
     start: EngineStarter,
-) -> tuple[dict[str, Sequence[Trace]], EngineFacts]:
+    missed: Missed,
+) -> MemberReplay:
     capture = held_layers(bundle.evidence.capture, rows)
     references = bundle.references()
     traces: dict[str, Sequence[Trace]] = {}
+    unsettled: dict[str, str] = {}
     with start(member.runs_as, host, cancelled) as engine:
         for index, row in enumerate(rows):
             forcings = [bundle.forcing(row, reference.id) for reference in references]
@@ -183,7 +196,18 @@ def _replay_member(
                 mode,
                 lambda done, _, before=before: tell(before + done),  # type: ignore[misc]
             )
-        return traces, engine.facts()
+            if missed(member, row, traces[row.config_id], engine.facts()):
+                again = engine.teacher_force(forcings, capture, mode)
+                if not departure(bundle, row, again):
+                    traces[row.config_id] = again
+                elif differs := first_difference(traces[row.config_id], again):
+                    unsettled[row.config_id] = differs
+        return MemberReplay(member, traces, engine.facts(), 0.0, unsettled=unsettled)
+
+
+def departure(bundle: VerifiedBundle, row: Row, traces: Sequence[Trace]) -> str:
+    """Where the row's evidence first differs from its replay in any bit; empty where it never does. One trace at a time is read."""
+    return first_difference((bundle.trace(row, trace.reference_id) for trace in traces), traces)
 
 
 def held_layers(capture: CapturePlan, rows: Sequence[Row]) -> CapturePlan:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from fpforensics.common.bundle import BundleWriter
 from fpforensics.common.config import ExecutionConfig, parse_config
 from fpforensics.common.engines import in_process
-from fpforensics.common.engines.base import Host
+from fpforensics.common.engines.base import Engine, EngineFacts, EngineStarter, Host
 from fpforensics.common.evidence import Evidence
 from fpforensics.common.keys import Keyring, PrivateKey
 from fpforensics.common.signals import CapturePlan, Sampling, Trace
@@ -59,12 +61,12 @@ def forged(
     return path
 
 
-def one_bit(trace: Trace) -> Trace:
+def one_bit(trace: Trace, index: int = 5) -> Trace:
     """The last bit of one number of one hidden state of the second reference."""
     if trace.reference_id != "ref_1":
         return trace
     rows = trace.decode.hidden_states["2"].copy()
-    rows.view(np.uint16)[1, 5] ^= 1
+    rows.view(np.uint16)[1, index] ^= 1
     return replace(trace, decode=replace(trace.decode, hidden_states={**trace.decode.hidden_states, "2": rows}))
 
 
@@ -84,10 +86,41 @@ def on_more_threads(evidence: Evidence) -> Evidence:
     return msgspec.structs.replace(evidence, rows=(msgspec.structs.replace(row, facts=facts),))
 
 
-def check(path: Path, host: Host) -> CheckResult:
+def check(path: Path, host: Host, start: EngineStarter = in_process) -> CheckResult:
     plan = CheckPlan(claim="quant=none", lineup=("quant=bnb-nf4",))
     with open_bundle(path, Keyring([KEY.public])) as bundle:
-        return check_bundle(bundle, plan, host, start=in_process)
+        return check_bundle(bundle, plan, host, start=start)
+
+
+class Slipping:
+    """An engine whose replays come out right but for one bit of those that ``slips`` numbers, another bit each time."""
+
+    def __init__(self, engine: Engine, slips: Sequence[int]) -> None:
+        self.config, self.replays, self._engine, self._slips = engine.config, 0, engine, slips
+
+    def facts(self) -> EngineFacts:
+        return self._engine.facts()
+
+    def teacher_force(self, *arguments: Any) -> list[Trace]:
+        self.replays += 1
+        traces = self._engine.teacher_force(*arguments)
+        return [one_bit(trace, 10 + self.replays) for trace in traces] if self.replays in self._slips else traces
+
+
+class Slips:
+    """Starts engines of which that in bf16 without quantization slips; the others are as they are."""
+
+    def __init__(self, *slips: int) -> None:
+        self.slips, self.started = slips, list[Slipping]()
+
+    @contextmanager
+    def __call__(self, config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[Any]:
+        with in_process(config, host, cancelled) as engine:
+            if (config.dtype, config.quantization) != ("bf16", "none"):
+                yield engine
+            else:
+                self.started.append(Slipping(engine, self.slips))
+                yield self.started[-1]
 
 
 def test_equal_evidence_is_consistent(honest: Path, host: Host) -> None:
@@ -107,6 +140,33 @@ def test_one_bit_is_one_too_many_and_the_first_difference_is_named(honest: Path,
     with open_bundle(honest, Keyring([KEY.public])) as bundle:
         position = bundle.trace(bundle.evidence.rows[0], "ref_1").decode.positions[1]
     assert f"at ref_1, decode, position {position}, hidden_states/2: |Δ| = " in result.rows[0].reasons[1]
+
+
+def test_a_replay_that_misses_is_made_again_before_anybody_is_accused(honest: Path, host: Host) -> None:
+    right, slipped, twice = Slips(), Slips(1), Slips(1, 2)
+    assert check(honest, host, right).rows[0].equality
+    result = check(honest, host, slipped)
+    assert result.verdict == "CONSISTENT"
+    assert result.rows[0].equality
+    result = check(honest, host, twice)
+    assert result.verdict != "INCONSISTENT", result.rows[0].reasons
+    assert not result.rows[0].equality
+    (said,) = [reason for reason in result.rows[0].reasons if "equality" in reason]
+    assert said.startswith(
+        "equality would decide, but for two replays here, which first differ at ref_1, decode, position "
+    )
+    assert [[engine.replays for engine in each.started] for each in (right, slipped, twice)] == [[1], [2], [2]]
+
+
+def test_two_replays_that_agree_refute_one_bit(honest: Path, host: Host, tmp_path: Path) -> None:
+    steady = Slips()
+    path = forged(honest, tmp_path / "bit.msgpack", trace_of=one_bit)
+    assert check(path, host, steady).verdict == "INCONSISTENT"
+    assert [engine.replays for engine in steady.started] == [2]
+    other_machine = forged(honest, tmp_path / "other.msgpack", trace_of=one_bit, forge=on_another_cpu)
+    once = Slips()
+    check(other_machine, host, once)
+    assert [engine.replays for engine in once.started] == [1]
 
 
 def test_another_machine_is_not_held_to_equality(honest: Path, host: Host, tmp_path: Path) -> None:
