@@ -97,7 +97,6 @@ def explained(
         MemoryError,
         ImportError,
         ValueError,
-        NotImplementedError,
         TypeError,
         AssertionError,
     ) as error:
