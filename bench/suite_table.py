@@ -4,11 +4,12 @@
 
 A folder is what `verifier suite run` leaves; its two JSON files may be gzipped. A column for each NAME holds, of each config:
 
-- *sessions*: its session against the baseline's, on the prover's machine. Equal, where every token and every captured bit is; else the mean
+- *sessions*: its session against the baseline's, on the prover's machine. Equal, where every token is and every distance is 0; else the mean
   distance of log-probabilities at prompt positions, then at generated ones where the tokens are the same.
 - where they differ, two SNRs with our decisions, at generated positions: of hidden states after block 1 and of log-probabilities. The mean
   distance between the two configs, both ways, over the mean distance of each to its own replay. *One replay*: this verifier's replays of
-  both configs had the same bits, so that it cannot tell them apart.
+  both configs had the same bits, so that it cannot tell them apart. *Own replays*: one of the two sessions lies more than three times as far
+  from its own replay as the other does, and more than half as far as they lie apart: that replay is not of what ran, and no SNR means anything.
 - of concurrent work the verdicts on numbers and on time.
 """
 
@@ -24,18 +25,21 @@ from typing import Any
 
 CAPTURED = tuple(product(("prefill", "decode"), ("logprobs", "key_vectors", "hidden_states")))
 CELLS = (("block 1", "hidden_states", "1"), ("log-probabilities", "logprobs", ""))
+UNLIKE = 3
+"""Times as far from its own replay as another config."""
 NOT_PUBLISHED = "not published"
 _TP = "0.90 (TP 1, 2, 4; prompt positions)"
 _BATCH = "0 to 1.32 (last hidden state, within one GPU)"
-_AWQ_GPTQ = "not published; AWQ or GPTQ: 81.1"
+_AWQ_GPTQ = "AWQ against GPTQ: 81.1"
+_EAGER = "eager, sdpa and FA2: 5.8"
 PUBLISHED = {
     ("batch_size", "batch=2"): _BATCH,
     ("batch_size", "batch=4"): _BATCH,
     ("quantization", "model=moe-awq_quant=awq_marlin"): _AWQ_GPTQ,
     ("quantization", "model=moe-gptq_quant=gptq_marlin"): _AWQ_GPTQ,
-    ("attention", "attn=eager"): "5.8",
-    ("attention", "attn=sdpa"): "5.8",
-    ("attention", "attn=vllm_flash_attn_2"): "sdpa or FA2: 1.0",
+    ("attention", "attn=eager"): _EAGER,
+    ("attention", "attn=sdpa"): _EAGER,
+    ("attention", "attn=vllm_flash_attn_2"): "sdpa against FA2: 1.0",
     ("tensor_parallel", "emulate_tp=2"): _TP,
     ("tensor_parallel", "emulate_tp=4"): _TP,
     ("tensor_parallel", "tp=2"): _TP,
@@ -53,8 +57,8 @@ def main() -> None:
     columns: dict[str, list[Row]] = {}
     for text in parser.parse_args().columns:
         name, equals, folders = text.partition("=")
-        if not (name and equals and folders):
-            parser.error(f"{text!r}: write NAME=FOLDER or NAME=FOLDER,FOLDER")
+        if not (name and equals and folders) or name in columns:
+            parser.error(f"{text!r}: write NAME=FOLDER or NAME=FOLDER,FOLDER, each NAME once")
         columns[name] = [row for folder in folders.split(",") for row in pairs(Path(folder))]
     for line in table(columns):
         print(line)
@@ -111,23 +115,26 @@ def _between(report: Mapping[str, Any], phase: str, signal: str, a: str, b: str)
 
 def _decisions(experiment: Mapping[str, Any], prover: str, names: set[str]) -> Iterator[str]:
     for label, signal, layer in CELLS:
-        pair = _pair(experiment, prover, names, signal, layer)
+        matrix = next(
+            (
+                each
+                for each in experiment["matrices"].get(prover, [])
+                if (each["phase"], each["signal"], each["layer"]) == ("decode", signal, layer)
+            ),
+            {"pairwise": []},
+        )
+        pair = next((pair for pair in matrix["pairwise"] if {pair["a"], pair["b"]} == names), None)
         if pair is None:
             yield "not replayed"
             return
         if pair["same_kernel_class"]:
             yield "one replay"
             return
-        yield f"{label} {_ratio(pair)} {pair['decision']['verdict']}"
-
-
-def _pair(
-    experiment: Mapping[str, Any], prover: str, names: set[str], signal: str, layer: str
-) -> Mapping[str, Any] | None:
-    for matrix in experiment["matrices"].get(prover, []):
-        if (matrix["phase"], matrix["signal"], matrix["layer"]) == ("decode", signal, layer):
-            return next((pair for pair in matrix["pairwise"] if {pair["a"], pair["b"]} == names), None)
-    return None
+        own = [matrix["aggregate"][matrix["rows"].index(each)][matrix["columns"].index(each)] for each in sorted(names)]
+        if max(own) > UNLIKE * min(own) and max(own) > pair["signal"] / 2:
+            yield f"{label} own replays {own[0]:.3g}, {own[1]:.3g}"
+        else:
+            yield f"{label} {_ratio(pair)} {pair['decision']['verdict']}"
 
 
 def _ratio(pair: Mapping[str, Any]) -> str:
@@ -151,7 +158,7 @@ def table(columns: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     yield "| --- " * (3 + len(columns)) + "|"
     for key in sorted(keys, key=lambda key: order.index(key[0])):
         found = " | ".join(column.get(key, "—") for column in cells.values())
-        yield f"| {key[0]} | `{key[1]}` | {PUBLISHED.get(key, NOT_PUBLISHED)} | {found} |"
+        yield f"| {key[0]} | `{key[1]}` | {PUBLISHED.get((key[0], key[1].rpartition(': ')[2]), NOT_PUBLISHED)} | {found} |"
 
 
 if __name__ == "__main__":

@@ -39,10 +39,12 @@ from fpforensics.verifier.matrix import MatrixReport, build_matrices
 from fpforensics.verifier.measured import MeasuredProfile
 from fpforensics.verifier.profile import built_in_profile
 from fpforensics.verifier.replay import (
+    EXPERTS_APART,
     OTHER_KERNELS,
     Member,
     Report,
     anchor_of,
+    never,
     on_transformers,
     run_lineup,
 )
@@ -149,7 +151,7 @@ def check_bundle(
         ReplayError: a config that was asked for cannot run here.
     """
     built_in_profile()  # what cannot be read is said before the replays, not after them
-    checked, collected = replay_bundle(bundle, plan, host, Collector, report, cancelled, start)
+    checked, collected = replay_bundle(bundle, plan, host, Collector, report, cancelled, start, exact=True)
     verifier_environment = describe_environment(host.env)
     lineup = [each for each in collected.reports if not each.id.startswith(ANCHOR_PREFIX)]
     classes = collected.kernel_classes()
@@ -199,9 +201,11 @@ def replay_bundle(
     report: Report = lambda _stage, _done, _total: None,
     cancelled: Callable[[], bool] = lambda: False,
     start: EngineStarter = start_engine,
+    exact: bool = False,
 ) -> tuple[list[Checked], C]:
     """Replay the rows that ``plan`` names under its lineup and their anchors, into a collector that ``collect`` makes.
 
+    ``exact``: a replay that should have the evidence's bits, and has not, is made again.
     Raises like :func:`check_bundle`.
     """
     checked = _rows_to_check(bundle, plan, host)
@@ -211,14 +215,14 @@ def replay_bundle(
     )  # before any weights are hashed
     for each in checked:
         _require_known_model(each, plan, host)
-    _require_bounded(bundle, members, rows)
+    _require_bounded(bundle, members, rows, again=[each.config for each in checked] if exact else ())
     require_coherent(bundle, [each.row for each in checked], cancelled)
     members = _pinned(members, host)
     collected = collect(bundle, checked)
     # Anchors first: the others' own noise is measured against them.
     anchors = {each.anchor for each in checked}
     ordered = sorted(members, key=lambda member: member.config not in anchors)
-    missed = collected.missed(describe_environment(host.env), plan.mode)
+    missed = collected.missed(describe_environment(host.env), plan.mode) if exact else never
     for replay in run_lineup(bundle, ordered, rows, plan.mode, host, report, cancelled, start, missed):
         collected.add(replay)
     collected.in_order([member.id for member in members])
@@ -311,7 +315,7 @@ def _holds(model: str, plan: CheckPlan, host: Host) -> bool:
 
 def _has_experts(config: ExecutionConfig, plan: CheckPlan, host: Host) -> bool:
     """Whether the checkpoint that this side holds is a mixture of experts; only where a replay depends on it."""
-    if config.backend != "vllm" or config.quantization != "bnb-nf4" or not _holds(config.model, plan, host):
+    if config.backend != "vllm" or config.quantization not in EXPERTS_APART or not _holds(config.model, plan, host):
         return False
     return has_experts(resolve_model(config.model, models=host.models).path)
 
@@ -364,11 +368,18 @@ def _alternatives(first: ExecutionConfig, plan: CheckPlan) -> list[ExecutionConf
     return configs
 
 
-def _require_bounded(bundle: VerifiedBundle, members: Sequence[Member], rows: Mapping[str, Sequence[Row]]) -> None:
-    """A bundle must not choose how long a verifier computes."""
+def _require_bounded(
+    bundle: VerifiedBundle,
+    members: Sequence[Member],
+    rows: Mapping[str, Sequence[Row]],
+    again: Sequence[ExecutionConfig],
+) -> None:
+    """A bundle must not choose how long a verifier computes. Configs of ``again`` may be replayed twice."""
     prompts = {entry.id: math.prod(entry.prompt_ids.shape) for entry in bundle.evidence.references}
     tokens = sum(
-        max(1, member.config.batch_size) * (prompts[trace.reference_id] + math.prod(trace.output_ids.shape))
+        (1 + (member.config in again))
+        * max(1, member.config.batch_size)
+        * (prompts[trace.reference_id] + math.prod(trace.output_ids.shape))
         for member in members
         for row in rows[member.id]
         for trace in row.traces

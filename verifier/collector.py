@@ -16,7 +16,7 @@ from fpforensics.common.signals import PHASES, Phase, Trace
 from fpforensics.verifier import decision
 from fpforensics.verifier.distance import Cell, trace_distances
 from fpforensics.verifier.environment_diff import compare_environments
-from fpforensics.verifier.exact import Setting, setting_of
+from fpforensics.verifier.exact import Setting, Settled, setting_of
 from fpforensics.verifier.intake import VerifiedBundle
 from fpforensics.verifier.matrix import Measurement, kernel_classes
 from fpforensics.verifier.replay import Member, MemberReplay, Missed, departure, fingerprint, weights_of
@@ -61,7 +61,7 @@ class Collector:
             tuple[str, ExecutionConfig], dict[str, dict[Cell, float]]
         ] = {}  # (label, member) -> reference
         self._departures: dict[str, str] = {}  # label -> where the evidence leaves the claimed config's replay
-        self._unsettled: dict[str, str] = {}  # label -> where two replays of the claimed config differ
+        self._again: dict[str, Settled] = {}  # label -> what the claimed config's second replay showed
         self.reports: list[MemberReport] = []
         self.measurements: list[Measurement] = []
 
@@ -99,7 +99,7 @@ class Collector:
                 self._kept[member.config, each.label] = traces
             if member.config == each.config:
                 self._departures[each.label] = departure(self._bundle, each.row, traces)
-                self._unsettled[each.label] = replay.unsettled.get(each.row.config_id, "")
+                self._again[each.label] = replay.again.get(each.row.config_id, Settled(()))
             self._measure_noise(each, member, traces)
             # An anchor whose dtype contradicts the claim is a member like any other, for the row that it anchors; that it takes the
             # plainest attention is our own choice, and speaks against nobody.
@@ -207,14 +207,21 @@ class Collector:
         """How the prover's stated hardware, software and kernels stand to this verifier's."""
         replayed = self.claimed_facts(each)
         differences = compare_environments(self.environment, each.row.facts, verifier, replayed, mode=mode)
-        found = self._departures[each.label], self._unsettled[each.label]
-        return setting_of(each.row, replayed, differences, mode, *found)
+        again = self._again[each.label]
+        return setting_of(
+            each.row, replayed, differences, mode, self._departures[each.label], again.unsteady, again.refuted
+        )
 
     def missed(self, here: Environment, mode: ReplayMode) -> Missed:
-        """Of a claimed config's replay in the prover's own setting: whether a bit differs."""
+        """Of replays in the prover's own setting: whether a bit differs. Asked of the claimed config; where that does not repeat, of all."""
+
+        def asked(each: Checked, member: Member) -> bool:
+            return each.config == member.config or (
+                each.label in self._again and bool(self._again[each.label].unsteady)
+            )
 
         def missed(member: Member, row: Row, traces: Sequence[Trace], facts: EngineFacts) -> bool:
-            if not any(each.row is row and each.config == member.config for each in self._checked):
+            if not any(each.row is row and asked(each, member) for each in self._checked):
                 return False
             differences = compare_environments(self.environment, row.facts, here, facts, mode=mode)
             if not setting_of(row, facts, differences, mode, "").shared:

@@ -132,6 +132,8 @@ def decide_row(
         reasons += (f"not replayed here, so nothing is said of them: {listed(not_replayed)}",)
     if equality is None and setting.but_for:
         reasons += (f"equality would decide, but for {'; '.join(setting.but_for)}",)
+    elif setting.unsteady:
+        reasons += (f"two replays of {claimed.id} here first differ at {setting.unsteady}",)
     unused = [cell for cell in sorted(noise) if cell not in used]
     if unused and used:
         reasons += (f"left out, having no noise floor: {', '.join(map(str, unused))}",)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fpforensics.common.engines.base import EngineFacts, ReplayMode
 from fpforensics.common.errors import shorten
 from fpforensics.common.evidence import Row
-from fpforensics.common.signals import Trace, first_divergence
+from fpforensics.common.signals import PHASES, Divergence, Trace, first_divergence
 from fpforensics.verifier.environment_diff import Difference
 
 # One family rounds alike: measured for the H100 and H200 here, published for the others.
@@ -30,7 +30,7 @@ class Setting:
     ``shared``: the same, and it repeats bit-exactly. ``apart``: another kind of device, by its name ``stated``.
     ``first_difference`` says where the evidence stops being equal to the claimed config's replay; empty where it does not.
     ``but_for``: the few things, none of them hardware, that keep it from being shared, such as the number of threads, or replays
-    here that differ from each other.
+    here that differ from each other. ``unsteady``: where those first do.
     """
 
     shared: bool = False
@@ -38,6 +38,20 @@ class Setting:
     stated: str = ""
     first_difference: str = ""
     but_for: tuple[str, ...] = ()
+    unsteady: str = ""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Two replays of one row, and what they leave of equality.
+
+    ``traces`` are by reference those of the replay that has the evidence's bits, else of the first. ``unsteady`` says where the two first
+    differ. ``refuted``: the evidence differs somewhere before they do.
+    """
+
+    traces: tuple[Trace, ...]
+    unsteady: str = ""
+    refuted: bool = False
 
 
 UNKNOWN = Setting()
@@ -50,10 +64,11 @@ def setting_of(
     differences: Iterable[Difference],
     mode: ReplayMode,
     first_difference: str,
-    unsettled: str = "",
+    unsteady: str = "",
+    refuted: bool = False,
 ) -> Setting:
-    """``differences`` compare the row's environment and facts with those of the claimed config's replay. ``unsettled`` says where two
-    replays here first differ: a config that does not repeat here is held to no equality."""
+    """``differences`` compare the row's environment and facts with those of the claimed config's replay. ``unsteady`` and ``refuted`` are
+    of a replay that was made again (:class:`Settled`): a config that does not repeat here refutes by bits only where it did."""
     stated = row.facts
     repeats = (
         mode == "decode"
@@ -64,13 +79,15 @@ def setting_of(
     )
     others = [each for each in differences if not each.equal and _decides_rounding(each, stated.device)]
     near = len(others) <= _FEW and all(each.kind != "hardware" for each in others)
-    named = [*map(_named, others), *([f"two replays here, which first differ at {unsettled}"] if unsettled else [])]
+    unsettled = bool(unsteady and first_difference and not refuted)
+    named = [*map(_named, others), *([f"two replays here, which first differ at {unsteady}"] if unsettled else [])]
     return Setting(
         shared=repeats and not named,
         but_for=tuple(named) if repeats and near else (),
         apart=stated.device != replayed.device,
         stated=stated.gpu or stated.device,
         first_difference=first_difference,
+        unsteady=unsteady,
     )
 
 
@@ -93,6 +110,24 @@ def first_difference(claimed: Iterable[Trace], replayed: Sequence[Trace]) -> str
         if found is not None:
             return str(found)
     return ""
+
+
+def settle(claimed: Iterable[Trace], first: Sequence[Trace], again: Sequence[Trace]) -> Settled:
+    """What two replays say of the evidence together, reference by reference."""
+    chosen: list[Trace] = []
+    unsteady, refuted = "", False
+    for ours, one, two in zip(map(_compared, claimed), first, again, strict=True):
+        departs, differs = first_divergence(ours, _compared(one)), first_divergence(_compared(one), _compared(two))
+        second = departs is not None and first_divergence(ours, _compared(two)) is None
+        chosen.append(two if second else one)
+        unsteady = unsteady or str(differs or "")
+        if departs is not None and not second:
+            refuted = refuted or differs is None or _place(departs) < _place(differs)
+    return Settled(tuple(chosen), unsteady, refuted)
+
+
+def _place(divergence: Divergence) -> tuple[int, int]:
+    return PHASES.index(divergence.phase), divergence.position
 
 
 def _compared(trace: Trace) -> Trace:

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 
@@ -16,7 +17,7 @@ from fpforensics.common.engines.transformers_load import WEIGHT_ONLY
 from fpforensics.common.errors import CancelledError, MissingDependencyError, ReplayError, UsageError, shorten
 from fpforensics.common.evidence import Row
 from fpforensics.common.signals import PHASES, CapturePlan, Trace
-from fpforensics.verifier.exact import first_difference
+from fpforensics.verifier.exact import Settled, first_difference, settle
 from fpforensics.verifier.intake import VerifiedBundle
 
 Report = Callable[[str, int, int], None]
@@ -26,6 +27,10 @@ WIDER: Mapping[str, str] = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp64"}
 
 OTHER_KERNELS: Mapping[str, Quantization] = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 """Quantizations that differ from another one in their kernels alone: the weights of a checkpoint are the same."""
+
+EXPERTS_APART = frozenset({"bnb-nf4", "awq", "awq_marlin", "gptq", "gptq_marlin"})
+"""Quantizations of which vLLM's experts are not transformers': NF4, which transformers leaves out, and AWQ, whose session on an H200 lay as
+far from its replay as from other weights; GPTQ is held to be like AWQ until it is measured."""
 
 MAX_REASON = 500
 """Characters of the reason why a member was skipped: it goes into a signed verdict."""
@@ -48,7 +53,7 @@ class Member:
 class MemberReplay:
     """What one member's worker produced: traces by row id, in the bundle's order of references.
 
-    ``unsettled``: by row id, where two replays of one evidence first differ, neither of which has its bits.
+    ``again``: by row id, what a replay that was made again showed.
     """
 
     member: Member
@@ -56,18 +61,23 @@ class MemberReplay:
     facts: EngineFacts | None
     seconds: float
     skipped: str = ""
-    unsettled: Mapping[str, str] = field(default_factory=dict)
+    again: Mapping[str, Settled] = field(default_factory=dict)
 
 
 Missed = Callable[[Member, Row, Sequence[Trace], EngineFacts], bool]
 """Whether a replay should have the row's own bits, and has not. Then it is made once more before anybody is accused."""
 
 
+def never(_member: Member, _row: Row, _traces: Sequence[Trace], _facts: EngineFacts) -> bool:
+    """Nothing is replayed again."""
+    return False
+
+
 def anchor_of(config: ExecutionConfig, *, experts: bool = False) -> ExecutionConfig | None:
     """The claimed config in a wider dtype, by the plainest path: same weights and quantization, little rounding.
 
     None where nothing wider can be computed: for float64, for quantized weights in float32, for formats that only vLLM's
-    kernels multiply, in bf16 or fp16, and where only vLLM quantizes the ``experts`` that a model has. The path is that of transformers for a config of vLLM too, which has no float64.
+    kernels multiply, in bf16 or fp16, and where vLLM quantizes the ``experts`` that a model has in its own way. The path is that of transformers for a config of vLLM too, which has no float64.
     """
     if config.dtype not in WIDER or (config.dtype == "fp32" and config.quantization != "none"):
         return None
@@ -114,8 +124,8 @@ def weights_of(config: ExecutionConfig) -> tuple[str, str]:
 
 
 def _other_weights(config: ExecutionConfig, experts: bool) -> bool:
-    """Whether transformers would multiply by other weights: it quantizes them whole, and leaves experts as they are."""
-    return _quantized_by_rank(config) or (experts and config.quantization == "bnb-nf4")
+    """Whether transformers would multiply by other weights: it quantizes them whole, and experts otherwise."""
+    return _quantized_by_rank(config) or (experts and config.quantization in EXPERTS_APART)
 
 
 def _quantized_by_rank(config: ExecutionConfig) -> bool:
@@ -132,11 +142,11 @@ def run_lineup(
     report: Report,
     cancelled: Callable[[], bool] = lambda: False,
     start: EngineStarter = start_engine,
-    missed: Missed = lambda _member, _row, _traces, _facts: False,
+    missed: Missed = never,
 ) -> Iterator[MemberReplay]:
     """Yield each member's replay of the rows that ``rows[member.id]`` names, one member after the other.
 
-    A replay that is ``missed`` is made again in the same worker, and the second one counts if it has the evidence's bits.
+    A replay that is ``missed`` is made again in the same worker (:func:`fpforensics.verifier.exact.settle`).
 
     Raises :class:`ReplayError` (or its kin) naming the member that could not run.
     """
@@ -185,29 +195,26 @@ def _replay_member(
     capture = held_layers(bundle.evidence.capture, rows)
     references = bundle.references()
     traces: dict[str, Sequence[Trace]] = {}
-    unsettled: dict[str, str] = {}
+    again: dict[str, Settled] = {}
     with start(member.runs_as, host, cancelled) as engine:
         for index, row in enumerate(rows):
             forcings = [bundle.forcing(row, reference.id) for reference in references]
-            before = index * len(references)
-            traces[row.config_id] = engine.teacher_force(
-                forcings,
-                capture,
-                mode,
-                lambda done, _, before=before: tell(before + done),  # type: ignore[misc]
-            )
+            force = partial(engine.teacher_force, forcings, capture, mode, _counting(tell, index * len(references)))
+            traces[row.config_id] = force()
             if missed(member, row, traces[row.config_id], engine.facts()):
-                again = engine.teacher_force(forcings, capture, mode)
-                if not departure(bundle, row, again):
-                    traces[row.config_id] = again
-                elif differs := first_difference(traces[row.config_id], again):
-                    unsettled[row.config_id] = differs
-        return MemberReplay(member, traces, engine.facts(), 0.0, unsettled=unsettled)
+                settled = settle(_evidence(bundle, row), traces[row.config_id], force())
+                traces[row.config_id], again[row.config_id] = settled.traces, settled
+        return MemberReplay(member, traces, engine.facts(), 0.0, again=again)
 
 
 def departure(bundle: VerifiedBundle, row: Row, traces: Sequence[Trace]) -> str:
-    """Where the row's evidence first differs from its replay in any bit; empty where it never does. One trace at a time is read."""
-    return first_difference((bundle.trace(row, trace.reference_id) for trace in traces), traces)
+    """Where the row's evidence first differs from its replay in any bit; empty where it never does."""
+    return first_difference(_evidence(bundle, row), traces)
+
+
+def _evidence(bundle: VerifiedBundle, row: Row) -> Iterator[Trace]:
+    """One trace at a time is read."""
+    return (bundle.trace(row, reference.id) for reference in bundle.references())
 
 
 def held_layers(capture: CapturePlan, rows: Sequence[Row]) -> CapturePlan:
@@ -221,6 +228,10 @@ def held_layers(capture: CapturePlan, rows: Sequence[Row]) -> CapturePlan:
     }
     layers = tuple(layer for layer in capture.layers if layer in held)
     return msgspec.structs.replace(capture, layers=layers, full_logits=False)
+
+
+def _counting(tell: Callable[[int], None], before: int) -> Callable[[int, int], None]:
+    return lambda done, _total: tell(before + done)
 
 
 def _relay(report: Report, name: str, before: int, total: int) -> Callable[[int], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,12 +61,12 @@ def forged(
     return path
 
 
-def one_bit(trace: Trace, index: int = 5) -> Trace:
-    """The last bit of one number of one hidden state of the second reference."""
-    if trace.reference_id != "ref_1":
+def one_bit(trace: Trace, index: int = 5, references: Collection[str] = ("ref_1",), at: int = 1) -> Trace:
+    """The last bit of one number of one hidden state, of generated position ``at``."""
+    if trace.reference_id not in references:
         return trace
     rows = trace.decode.hidden_states["2"].copy()
-    rows.view(np.uint16)[1, index] ^= 1
+    rows.view(np.uint16)[at, index] ^= 1
     return replace(trace, decode=replace(trace.decode, hidden_states={**trace.decode.hidden_states, "2": rows}))
 
 
@@ -93,9 +93,9 @@ def check(path: Path, host: Host, start: EngineStarter = in_process) -> CheckRes
 
 
 class Slipping:
-    """An engine whose replays come out right but for one bit of those that ``slips`` numbers, another bit each time."""
+    """An engine whose replays come out right but for one bit: of replay N in the references ``slips[N]``, another bit each time."""
 
-    def __init__(self, engine: Engine, slips: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, slips: Mapping[int, Collection[str]]) -> None:
         self.config, self.replays, self._engine, self._slips = engine.config, 0, engine, slips
 
     def facts(self) -> EngineFacts:
@@ -103,14 +103,14 @@ class Slipping:
 
     def teacher_force(self, *arguments: Any) -> list[Trace]:
         self.replays += 1
-        traces = self._engine.teacher_force(*arguments)
-        return [one_bit(trace, 10 + self.replays) for trace in traces] if self.replays in self._slips else traces
+        traces, slips = self._engine.teacher_force(*arguments), self._slips.get(self.replays, ())
+        return [one_bit(trace, 10 + self.replays, slips) for trace in traces]
 
 
 class Slips:
     """Starts engines of which that in bf16 without quantization slips; the others are as they are."""
 
-    def __init__(self, *slips: int) -> None:
+    def __init__(self, slips: Mapping[int, Collection[str]]) -> None:
         self.slips, self.started = slips, list[Slipping]()
 
     @contextmanager
@@ -121,6 +121,10 @@ class Slips:
             else:
                 self.started.append(Slipping(engine, self.slips))
                 yield self.started[-1]
+
+    @property
+    def replays(self) -> list[int]:
+        return [engine.replays for engine in self.started]
 
 
 def test_equal_evidence_is_consistent(honest: Path, host: Host) -> None:
@@ -142,31 +146,60 @@ def test_one_bit_is_one_too_many_and_the_first_difference_is_named(honest: Path,
     assert f"at ref_1, decode, position {position}, hidden_states/2: |Δ| = " in result.rows[0].reasons[1]
 
 
-def test_a_replay_that_misses_is_made_again_before_anybody_is_accused(honest: Path, host: Host) -> None:
-    right, slipped, twice = Slips(), Slips(1), Slips(1, 2)
-    assert check(honest, host, right).rows[0].equality
-    result = check(honest, host, slipped)
+@pytest.mark.parametrize(
+    ("slips", "replays"),
+    [({}, 1), ({1: ["ref_1"]}, 2), ({1: ["ref_0"], 2: ["ref_1"]}, 2)],
+    ids=["none", "the first", "each in another reference"],
+)
+def test_a_replay_that_misses_is_made_again_before_anybody_is_accused(
+    honest: Path, host: Host, slips: dict[int, list[str]], replays: int
+) -> None:
+    start = Slips(slips)
+    result = check(honest, host, start)
     assert result.verdict == "CONSISTENT"
     assert result.rows[0].equality
-    result = check(honest, host, twice)
+    assert start.replays == [replays]
+    said = [reason for reason in result.rows[0].reasons if reason.startswith("two replays of ")]
+    assert len(said) == replays - 1  # that the first missed is no secret
+    assert all(" here first differ at ref_" in reason for reason in said)
+
+
+def test_where_two_replays_differ_bits_refute_nothing(honest: Path, host: Host) -> None:
+    start = Slips({1: ["ref_1"], 2: ["ref_1"]})
+    result = check(honest, host, start)
     assert result.verdict != "INCONSISTENT", result.rows[0].reasons
     assert not result.rows[0].equality
     (said,) = [reason for reason in result.rows[0].reasons if "equality" in reason]
     assert said.startswith(
         "equality would decide, but for two replays here, which first differ at ref_1, decode, position "
     )
-    assert [[engine.replays for engine in each.started] for each in (right, slipped, twice)] == [[1], [2], [2]]
+    assert start.replays == [2]
 
 
-def test_two_replays_that_agree_refute_one_bit(honest: Path, host: Host, tmp_path: Path) -> None:
-    steady = Slips()
-    path = forged(honest, tmp_path / "bit.msgpack", trace_of=one_bit)
-    assert check(path, host, steady).verdict == "INCONSISTENT"
-    assert [engine.replays for engine in steady.started] == [2]
-    other_machine = forged(honest, tmp_path / "other.msgpack", trace_of=one_bit, forge=on_another_cpu)
-    once = Slips()
-    check(other_machine, host, once)
-    assert [engine.replays for engine in once.started] == [1]
+@pytest.mark.parametrize(
+    "slips", [{}, {1: ["ref_0"], 2: ["ref_0"]}, {2: ["ref_0"]}], ids=["neither", "both", "the second"]
+)
+def test_one_bit_is_refuted_where_two_replays_agree_on_it(
+    honest: Path, host: Host, tmp_path: Path, slips: dict[int, list[str]]
+) -> None:
+    """However unsteady another reference is."""
+    start = Slips(slips)
+    result = check(forged(honest, tmp_path / "bit.msgpack", trace_of=one_bit), host, start)
+    assert result.verdict == "INCONSISTENT"
+    assert start.replays == [2]
+
+
+def test_a_change_before_the_first_slip_is_refuted(honest: Path, host: Host, tmp_path: Path) -> None:
+    path = forged(honest, tmp_path / "early.msgpack", trace_of=lambda trace: one_bit(trace, at=0))
+    start = Slips({1: ["ref_1"], 2: ["ref_1"]})
+    assert check(path, host, start).verdict == "INCONSISTENT"
+
+
+def test_another_machine_is_replayed_once(honest: Path, host: Host, tmp_path: Path) -> None:
+    path = forged(honest, tmp_path / "other.msgpack", trace_of=one_bit, forge=on_another_cpu)
+    start = Slips({})
+    assert not check(path, host, start).rows[0].equality
+    assert start.replays == [1]
 
 
 def test_another_machine_is_not_held_to_equality(honest: Path, host: Host, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.distance import Cell, trace_distances
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
 from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrices, kernel_classes
-from fpforensics.verifier.replay import fingerprint, held_layers
+from fpforensics.verifier.replay import EXPERTS_APART, fingerprint, held_layers
 from fpforensics.verifier.suite.folder import is_full
 from fpforensics.verifier.suite.journal import Entry, Journal
 from fpforensics.verifier.suite.left import Left
@@ -170,9 +170,9 @@ def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Re
     config = variant.config
     require_runnable([config], host)
     path = resolve_model(config.model, config.revision, setting.models).path
-    if "backend=transformers" in settings.using and config.quantization == "bnb-nf4" and has_experts(path):
+    if "backend=transformers" in settings.using and config.quantization in EXPERTS_APART and has_experts(path):
         raise ReplayError(
-            "quant=bnb-nf4 of a mixture of experts: transformers leaves the experts unquantized, vLLM does not",
+            f"quant={config.quantization} of a mixture of experts: transformers and vLLM multiply the experts by other weights",
             "replay it by vLLM: no backend in using",
         )
     held = weights_digest(path)

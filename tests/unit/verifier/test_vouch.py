@@ -88,10 +88,11 @@ def test_what_transformers_runs_in_place_of_vllm() -> None:
     assert run_as(rounded, "backend=transformers,matmul=fp32-rounded") == rounded
     by_rank = parse_config("backend=vllm,tp=2,quant=torchao-int8")
     assert on_transformers(by_rank) == by_rank and anchor_of(by_rank) is None
-    nf4 = parse_config("backend=vllm,quant=bnb-nf4")  # transformers leaves experts unquantized
-    assert on_transformers(nf4).backend == "transformers" and anchor_of(nf4) is not None
-    assert on_transformers(nf4, experts=True) == nf4 and anchor_of(nf4, experts=True) is None
-    assert run_as(nf4, "backend=transformers", experts=True) == nf4
+    for quantization in ("bnb-nf4", "awq", "awq_marlin", "gptq_marlin"):  # experts are not by the same weights
+        dense = parse_config(f"backend=vllm,quant={quantization}")
+        assert on_transformers(dense).backend == "transformers" and anchor_of(dense) is not None
+        assert on_transformers(dense, experts=True) == dense and anchor_of(dense, experts=True) is None
+        assert run_as(dense, "backend=transformers", experts=True) == dense
     assert weights_of(by_rank) != weights_of(parse_config("backend=vllm,quant=torchao-int8"))
 
 
