@@ -150,6 +150,15 @@ def has_experts(path: Path) -> bool:
     )
 
 
+def narrow_experts(path: Path, ranks: int) -> bool:
+    """Whether a rank's share of an expert in folder ``path`` is no wider than one group of its quantized weights, by its ``config.json``; so too where that does not say."""
+    config = read_config(path)
+    declared = config.get("quantization_config")
+    group = declared.get("group_size", declared.get("q_group_size")) if isinstance(declared, dict) else None
+    width = _stated(config, ("moe_intermediate_size", "intermediate_size"))
+    return not isinstance(group, int) or width is None or (group > 0 and width // ranks <= group)
+
+
 def context_length(path: Path) -> int | None:
     """How many tokens the model in folder ``path`` takes, by its ``config.json``; None where it does not say.
 

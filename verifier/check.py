@@ -29,7 +29,7 @@ from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.environment import Environment, describe_environment
 from fpforensics.common.errors import LimitError, UnknownModelError, UsageError, did_you_mean, shorten
 from fpforensics.common.evidence import Row
-from fpforensics.common.models import has_experts, resolve_model, vocab_size, weights_digest
+from fpforensics.common.models import resolve_model, vocab_size, weights_digest
 from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.collector import ANCHOR_PREFIX, Checked, Collector, MemberReport
 from fpforensics.verifier.decision import RowVerdict, Verdict, combine_rows
@@ -39,11 +39,11 @@ from fpforensics.verifier.matrix import MatrixReport, build_matrices
 from fpforensics.verifier.measured import MeasuredProfile
 from fpforensics.verifier.profile import built_in_profile
 from fpforensics.verifier.replay import (
-    EXPERTS_APART,
     OTHER_KERNELS,
     Member,
     Report,
     anchor_of,
+    experts_apart,
     never,
     on_transformers,
     run_lineup,
@@ -258,7 +258,7 @@ def _rows_to_check(bundle: VerifiedBundle, plan: CheckPlan, host: Host) -> list[
                     f"rows {shorten(other.row.config_id)!r} and {shorten(row.config_id)!r} are one config under this claim",
                     "check one of them: --row ID",
                 )
-        checked.append(Checked(row, own, config, label, anchor_of(config, experts=_has_experts(config, plan, host))))
+        checked.append(Checked(row, own, config, label, anchor_of(config, experts=_experts_apart(config, plan, host))))
     return checked
 
 
@@ -313,11 +313,11 @@ def _holds(model: str, plan: CheckPlan, host: Host) -> bool:
     return model in host.models or model == DEFAULT_MODEL or model in named
 
 
-def _has_experts(config: ExecutionConfig, plan: CheckPlan, host: Host) -> bool:
-    """Whether the checkpoint that this side holds is a mixture of experts; only where a replay depends on it."""
-    if config.backend != "vllm" or config.quantization not in EXPERTS_APART or not _holds(config.model, plan, host):
+def _experts_apart(config: ExecutionConfig, plan: CheckPlan, host: Host) -> bool:
+    """Of a config of vLLM and the checkpoint that this side holds, see :func:`fpforensics.verifier.replay.experts_apart`."""
+    if config.backend != "vllm" or config.quantization == "none" or not _holds(config.model, plan, host):
         return False
-    return has_experts(resolve_model(config.model, models=host.models).path)
+    return experts_apart(config, resolve_model(config.model, models=host.models).path)
 
 
 def _plan_replays(
@@ -334,7 +334,7 @@ def _plan_replays(
     members: dict[ExecutionConfig, Member] = {}
     for config in (*claimed, *declared, *asked, *offered):
         optional = config not in claimed and config not in asked
-        replay = run_as(config, plan.using, experts=_has_experts(config, plan, host))
+        replay = run_as(config, plan.using, experts=_experts_apart(config, plan, host))
         members.setdefault(config, Member(config_id(config, base), config, replay, optional))
     if len(members) > MAX_LINEUP:
         raise UsageError(f"a lineup of {len(members)} configs", f"at most {MAX_LINEUP}")
@@ -403,7 +403,7 @@ def _pinned(members: Sequence[Member], host: Host) -> list[Member]:
 def run_as(config: ExecutionConfig, using: str, *, experts: bool = False) -> ExecutionConfig:
     """``config`` by the verifier's own path: of products (``matmul``), where that combines with it, and of engines (``backend``).
 
-    ``experts``: of a model that is a mixture of them.
+    ``experts``: of a model whose experts vLLM computes by other weights.
     """
     assertions = parse_claim(using).assertions if using else {}
     if assertions.keys() - {"matmul", "backend"} or assertions.get("backend") == "vllm":

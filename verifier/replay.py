@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -16,6 +17,7 @@ from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.engines.transformers_load import WEIGHT_ONLY
 from fpforensics.common.errors import CancelledError, MissingDependencyError, ReplayError, UsageError, shorten
 from fpforensics.common.evidence import Row
+from fpforensics.common.models import has_experts, narrow_experts
 from fpforensics.common.signals import PHASES, CapturePlan, Trace
 from fpforensics.verifier.exact import Settled, first_difference, settle
 from fpforensics.verifier.intake import VerifiedBundle
@@ -28,9 +30,8 @@ WIDER: Mapping[str, str] = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp64"}
 OTHER_KERNELS: Mapping[str, Quantization] = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 """Quantizations that differ from another one in their kernels alone: the weights of a checkpoint are the same."""
 
-EXPERTS_APART = frozenset({"bnb-nf4", "awq", "awq_marlin", "gptq", "gptq_marlin"})
-"""Quantizations of which vLLM's experts are not transformers': NF4, which transformers leaves out, and AWQ, whose session on an H200 lay as
-far from its replay as from other weights; GPTQ is held to be like AWQ until it is measured."""
+MARLIN_EXPERTS = frozenset({"awq", "awq_marlin", "gptq", "gptq_marlin"})
+"""Quantizations whose experts vLLM multiplies by Marlin's kernel."""
 
 MAX_REASON = 500
 """Characters of the reason why a member was skipped: it goes into a signed verdict."""
@@ -77,7 +78,7 @@ def anchor_of(config: ExecutionConfig, *, experts: bool = False) -> ExecutionCon
     """The claimed config in a wider dtype, by the plainest path: same weights and quantization, little rounding.
 
     None where nothing wider can be computed: for float64, for quantized weights in float32, for formats that only vLLM's
-    kernels multiply, in bf16 or fp16, and where vLLM quantizes the ``experts`` that a model has in its own way. The path is that of transformers for a config of vLLM too, which has no float64.
+    kernels multiply, in bf16 or fp16, and where the ``experts`` that a model has are :func:`experts_apart`. The path is that of transformers for a config of vLLM too, which has no float64.
     """
     if config.dtype not in WIDER or (config.dtype == "fp32" and config.quantization != "none"):
         return None
@@ -115,6 +116,18 @@ def on_transformers(config: ExecutionConfig, *, experts: bool = False) -> Execut
     )
 
 
+def experts_apart(config: ExecutionConfig, path: Path) -> bool:
+    """Whether vLLM multiplies the experts of the checkpoint in ``path`` by other weights than transformers does.
+
+    It rounds those of NF4, which transformers leaves; and of AWQ and GPTQ, Marlin misreads scales where a group is as long as a rank's
+    share of an expert is wide (vLLM 0.26; vllm-project/vllm#50196, measured for AWQ: docs/vllm-evidence.md).
+    """
+    if not has_experts(path):
+        return False
+    ranks = 1 if config.expert_parallel > 1 else config.tensor_parallel
+    return config.quantization == "bnb-nf4" or (config.quantization in MARLIN_EXPERTS and narrow_experts(path, ranks))
+
+
 def weights_of(config: ExecutionConfig) -> tuple[str, str]:
     """(model, quantization): configs of the same pair multiply by the same numbers."""
     quantization: str = OTHER_KERNELS.get(config.quantization, config.quantization)
@@ -124,8 +137,8 @@ def weights_of(config: ExecutionConfig) -> tuple[str, str]:
 
 
 def _other_weights(config: ExecutionConfig, experts: bool) -> bool:
-    """Whether transformers would multiply by other weights: it quantizes them whole, and experts otherwise."""
-    return _quantized_by_rank(config) or (experts and config.quantization in EXPERTS_APART)
+    """Whether transformers would multiply by other weights: it quantizes them whole, and ``experts`` may be :func:`experts_apart`."""
+    return _quantized_by_rank(config) or experts
 
 
 def _quantized_by_rank(config: ExecutionConfig) -> bool:

@@ -24,12 +24,12 @@ from fpforensics.common.errors import (
     UsageError,
     shorten,
 )
-from fpforensics.common.models import has_experts, resolve_model, weights_digest
+from fpforensics.common.models import resolve_model, weights_digest
 from fpforensics.verifier.coherence import require_coherent
 from fpforensics.verifier.distance import Cell, trace_distances
 from fpforensics.verifier.intake import VerifiedBundle, open_bundle
 from fpforensics.verifier.matrix import MatrixReport, Measurement, build_matrices, kernel_classes
-from fpforensics.verifier.replay import EXPERTS_APART, fingerprint, held_layers
+from fpforensics.verifier.replay import experts_apart, fingerprint, held_layers
 from fpforensics.verifier.suite.folder import is_full
 from fpforensics.verifier.suite.journal import Entry, Journal
 from fpforensics.verifier.suite.left import Left
@@ -170,7 +170,7 @@ def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Re
     config = variant.config
     require_runnable([config], host)
     path = resolve_model(config.model, config.revision, setting.models).path
-    if "backend=transformers" in settings.using and config.quantization in EXPERTS_APART and has_experts(path):
+    if "backend=transformers" in settings.using and experts_apart(config, path):
         raise ReplayError(
             f"quant={config.quantization} of a mixture of experts: transformers and vLLM multiply the experts by other weights",
             "replay it by vLLM: no backend in using",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,7 +15,7 @@ from fpforensics.common.errors import UsageError
 from fpforensics.verifier.check import run_as
 from fpforensics.verifier.collector import Checked, MemberReport
 from fpforensics.verifier.decision import RowVerdict
-from fpforensics.verifier.replay import anchor_of, on_transformers, weights_of
+from fpforensics.verifier.replay import anchor_of, experts_apart, on_transformers, weights_of
 from fpforensics.verifier.vouch import vouched
 
 
@@ -100,3 +102,26 @@ def test_what_transformers_runs_in_place_of_vllm() -> None:
 def test_using_is_only_about_how_replays_are_computed(using: str) -> None:
     with pytest.raises(UsageError, match="--using"):
         run_as(parse_config("backend=vllm"), using)
+
+
+@pytest.mark.parametrize(
+    ("spec", "content", "apart"),
+    [
+        ("quant=bnb-nf4", {}, True),
+        ("quant=torchao-int8", {}, False),
+        ("quant=awq_marlin", {"quantization_config": {"group_size": 64}}, False),
+        ("quant=awq_marlin", {"quantization_config": {"group_size": 128}}, True),
+        ("quant=gptq_marlin", {"quantization_config": {"q_group_size": 128}}, True),
+        ("quant=gptq_marlin", {"quantization_config": {"group_size": -1}}, False),
+        ("quant=awq", {}, True),  # it does not say
+        ("quant=awq_marlin,tp=2", {"quantization_config": {"group_size": 64}}, True),
+        ("quant=awq_marlin,tp=2,ep=2", {"quantization_config": {"group_size": 64}}, False),  # experts are whole
+        ("quant=awq_marlin", {"quantization_config": {"group_size": 128}, "num_experts": None}, False),
+    ],
+)
+def test_whose_experts_are_apart(tmp_path: Path, spec: str, content: dict[str, object], apart: bool) -> None:
+    stated = {"num_experts": 4, "moe_intermediate_size": 128, "hidden_size": 256} | content
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in stated.items() if value is not None})
+    )
+    assert experts_apart(parse_config(f"backend=vllm,{spec}"), tmp_path) is apart
