@@ -58,18 +58,18 @@ def show(name: str, toml: bool) -> None:
 
 
 @suite.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
-def validate(files: tuple[Path, ...]) -> None:
-    """Check suite files without running anything."""
+@click.argument("names", nargs=-1, required=True, metavar="NAME|FILE…")
+def validate(names: tuple[str, ...]) -> None:
+    """Check suites, built-in ones by name or one's own files, without running anything."""
     from fpforensics.verifier.suite.plan import model_loads, plan_jobs, session_plan
-    from fpforensics.verifier.suite.reading import read_suite
+    from fpforensics.verifier.suite.reading import find_suite
 
-    for path in files:
-        read = read_suite(path)
-        jobs = plan_jobs(read)
+    for name in names:
+        found = find_suite(name)
+        jobs = plan_jobs(found)
         for job in jobs:
-            session_plan(read, job.variant, "")
-        click.echo(f"{path}: valid: {read.name}, {len(jobs)} configs, {model_loads(jobs)} model loads")
+            session_plan(found, job.variant, "")
+        click.echo(f"{name}: valid: {found.name}, {len(jobs)} configs, {model_loads(jobs)} model loads")
 
 
 class RunOptions(AccessOptions):

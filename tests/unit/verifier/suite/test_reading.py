@@ -12,7 +12,7 @@ from suite_world import TOML
 from fpforensics.common.errors import UsageError
 from fpforensics.verifier.cli.suite import suite as command
 from fpforensics.verifier.suite.plan import describe, model_loads, plan_jobs, plan_replays, session_plan
-from fpforensics.verifier.suite.reading import BUILTIN, find_suite, parse_suite
+from fpforensics.verifier.suite.reading import BUILTIN, builtin_text, find_suite, parse_suite
 
 NINE = [
     "batch_size",
@@ -150,8 +150,22 @@ def test_commands(tmp_path: Path) -> None:
     done = runner.invoke(command, ["validate", str(file)])
     assert done.exit_code == 0
     assert "valid: attention, 3 configs" in done.output
-    for wrong in (["show", "megaplam"], ["validate", str(tmp_path / "none.toml")], ["show", str(file), "--toml"]):
+    for wrong in (
+        ["show", "megaplam"],
+        ["validate", "megaplam"],
+        ["validate", str(tmp_path / "none.toml")],
+        ["show", str(file), "--toml"],
+    ):
         assert isinstance(runner.invoke(command, wrong).exception, UsageError)
+
+
+def test_validate_takes_what_run_takes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(builtin_text("quantization"))
+    done = CliRunner().invoke(command, ["validate", *BUILTIN, str(file)])
+    assert done.exit_code == 0, done.exception
+    said = [line.partition(",")[0] for line in done.output.splitlines()]
+    assert said == [*(f"{name}: valid: {name}" for name in BUILTIN), f"{file}: valid: quantization"]
 
 
 def test_an_experiment_that_is_skipped_needs_no_values() -> None:
