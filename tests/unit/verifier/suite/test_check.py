@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from fake_engine import FakeEngine, drifting_engine, fake_engine, starter
-from suite_world import TEXT, TOML, Starts
+from suite_world import TEXT, TOML, Starts, make, run
 
 from fpforensics.common.access import Listen
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines.base import EngineStarter, Host
-from fpforensics.common.errors import ReplayError, UsageError
+from fpforensics.common.engines.remote import start_engine
+from fpforensics.common.errors import DeadlineError, ReplayError, UsageError
 from fpforensics.common.keys import Keyring, PrivateKey
 from fpforensics.common.signals import Reference
 from fpforensics.prover.service import ProverConfig, serve_prover
@@ -43,6 +44,7 @@ from fpforensics.verifier.suite.finding import (
     render_finding,
 )
 from fpforensics.verifier.suite.folder import Folder
+from fpforensics.verifier.suite.journal import read_journal
 from fpforensics.verifier.suite.machines import Interpreter
 from fpforensics.verifier.suite.reading import parse_suite
 from fpforensics.verifier.suite.ready import check_suite
@@ -190,10 +192,10 @@ def test_other_interpreters(tiny: Path, tmp_path: Path) -> None:
     assert only(findings, INTERPRETERS).status == "passed"
     assert only(findings, INTERPRETERS).said == "Python 3.12.1, torch 2.9, CUDA 11.8"
 
-    def broken(host: Host, config: ExecutionConfig) -> Interpreter:
-        raise ReplayError(f"{host.python} cannot run {config.backend}", "install it")
+    def mute(host: Host, _config: ExecutionConfig) -> Interpreter:
+        raise DeadlineError(f"{host.python}: no answer", "name another interpreter")
 
-    findings = list(check_suite(given, Keyring(), ask=broken))
+    findings = list(check_suite(given, Keyring(), ask=mute))  # a run would wait for it longer
     assert failing(findings) == [INTERPRETERS]
     assert only(findings, INTERPRETERS).where == sys.executable
 
@@ -202,6 +204,57 @@ def script(path: Path, text: str) -> Host:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return Host(python=str(path))
+
+
+def spawn(config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Any:
+    """The engines of these tests, but where another interpreter is named its worker."""
+    return (start_engine if host.python else fake_engine)(config, host, cancelled)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["not there", "cannot import torch"])
+def test_an_interpreter_that_runs_nothing_is_skipped_by_check_and_run_alike(
+    tiny: Path, tmp_path: Path, there: bool
+) -> None:
+    if there:
+        script(tmp_path / "python", "echo \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1")
+    python = str(tmp_path / "python")
+    toml = TOML + OTHER.replace("PYTHON", python)
+    findings = list(check_suite(setting(tmp_path, tiny, toml, start=spawn), Keyring()))
+    assert is_ready(findings)
+    line = only(findings, INTERPRETERS)
+    assert (line.status, line.where) == ("not_applicable", python)
+    assert line.said.startswith("its configs would be skipped: ")
+    skipped = {each.where: each.said for each in findings if each.check == SKIPPED}
+    assert skipped.keys() >= {"local.old", "replay of old"}
+    folder = tmp_path / "run"
+    run(make(folder, tiny, toml, start=spawn))
+    ended = {each.job: each for each in read_journal(folder / "journal.jsonl") if each.event != "started"}
+    for name, reason in (
+        ("local.old", skipped["local.old"]),
+        ("replay:old", skipped["replay of old"]),
+    ):
+        assert ended[name].event == "skipped"
+        assert reason in line.said
+        if there:
+            assert "No module named 'torch'" in reason
+            assert "No module named 'torch'" in ended[name].reason
+        else:
+            assert reason == ended[name].reason
+
+
+def test_ranks_of_an_interpreter_that_runs_nothing_are_not_asked_for(tiny: Path, tmp_path: Path) -> None:
+    variant = f'[[experiment.variant]]\nname = "old"\nconfig = "tp=2"\npython = "{tmp_path / "none"}"\n'
+    given = setting(tmp_path, tiny, TOML + VLLM.replace('values = ["tp=2"]', variant))
+    findings = list(check_suite(given, Keyring()))
+    assert failing(findings) == []
+    assert only(findings, RANKS).status == "not_applicable"
+
+
+def test_the_baselines_interpreter_is_needed(tiny: Path, tmp_path: Path) -> None:
+    toml = TOML.replace('"model=tiny,attn=sdpa"', f'"model=tiny,attn=sdpa"\npython = "{tmp_path / "none"}"')
+    findings = list(check_suite(setting(tmp_path, tiny, toml), Keyring()))
+    assert failing(findings) == [LOADS]
+    assert "no such interpreter" in only(findings, LOADS).said
 
 
 def test_probe(tmp_path: Path) -> None:
