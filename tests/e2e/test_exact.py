@@ -16,9 +16,10 @@ from fpforensics.common.bundle import BundleWriter
 from fpforensics.common.config import ExecutionConfig, parse_config
 from fpforensics.common.engines import in_process
 from fpforensics.common.engines.base import Engine, EngineFacts, EngineStarter, Host
+from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.evidence import Evidence
 from fpforensics.common.keys import Keyring, PrivateKey
-from fpforensics.common.signals import CapturePlan, Sampling, Trace
+from fpforensics.common.signals import CapturePlan, Phase, Sampling, Trace
 from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.check import CheckPlan, CheckResult, check_bundle
 from fpforensics.verifier.intake import open_bundle
@@ -26,48 +27,69 @@ from fpforensics.verifier.report import caveats
 
 KEY = PrivateKey.from_seed(b"a test's key, nobody's secret :)")
 Forge = Callable[[Evidence], Evidence]
+Place = tuple[int, Phase]
 
 
 @pytest.fixture(scope="module")
-def host(tiny_llama: Path) -> Host:
-    return Host(device="cpu", models={"tiny": str(tiny_llama)})
+def host(tiny_llama: Path, tiny_llama_other: Path) -> Host:
+    models = {"tiny": str(tiny_llama), "other": str(tiny_llama_other)}
+    return Host(device="cpu", models=models, env={"OMP_NUM_THREADS": "1"})
 
 
-@pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory, host: Host) -> Path:
+def session(path: Path, host: Host, *specs: str, start: EngineStarter = in_process) -> Path:
+    """An honest session of these configs."""
     plan = SessionPlan(
-        configs=(parse_config("", ExecutionConfig(model="tiny")),),
+        configs=tuple(parse_config(spec, ExecutionConfig(model="tiny")) for spec in specs),
         references=2,
         prompt_tokens=48,
         capture=CapturePlan(layers=("1", "2", "4"), prefill_positions=4, top_k=4),
         sampling=Sampling(max_new_tokens=4),
         repetitions=2,
     )
-    path = tmp_path_factory.mktemp("exact") / "honest.msgpack"
-    run_session(plan, host, KEY, path, start=in_process)
+    run_session(plan, host, KEY, path, start=start)
     return path
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory, host: Host) -> Path:
+    return session(tmp_path_factory.mktemp("exact") / "honest.msgpack", host, "")
+
+
+@pytest.fixture(scope="module")
+def two_rows(tmp_path_factory: pytest.TempPathFactory, host: Host) -> Path:
+    return session(tmp_path_factory.mktemp("exact") / "two.msgpack", host, "attn=sdpa", "attn=eager")
 
 
 def forged(
-    honest: Path, path: Path, trace_of: Callable[[Trace], Trace] = lambda t: t, forge: Forge = lambda e: e
+    honest: Path,
+    path: Path,
+    trace_of: Callable[[Trace], Trace] = lambda t: t,
+    forge: Forge = lambda e: e,
+    number: int = 0,
 ) -> Path:
-    """The honest bundle with other numbers or another statement about them, signed again."""
+    """The honest bundle with other numbers in one of its rows or another statement about them, signed again."""
     with open_bundle(honest, Keyring([KEY.public])) as bundle, BundleWriter(path) as writer:
         entries = tuple(writer.add_reference(reference) for reference in bundle.references())
-        (row,) = bundle.evidence.rows
-        traces = tuple(writer.add_trace(trace_of(bundle.trace(row, entry.id))) for entry in entries)
-        row = msgspec.structs.replace(row, traces=traces)
-        writer.finish(forge(msgspec.structs.replace(bundle.evidence, references=entries, rows=(row,))), KEY)
+        rows = []
+        for index, row in enumerate(bundle.evidence.rows):
+            traces = [bundle.trace(row, entry.id) for entry in entries]
+            changed = [trace_of(trace) for trace in traces] if index == number else traces
+            rows.append(msgspec.structs.replace(row, traces=tuple(map(writer.add_trace, changed))))
+        writer.finish(forge(msgspec.structs.replace(bundle.evidence, references=entries, rows=tuple(rows))), KEY)
     return path
 
 
-def one_bit(trace: Trace, index: int = 5, references: Collection[str] = ("ref_1",), at: int = 1) -> Trace:
-    """The last bit of one number of one hidden state, of generated position ``at``."""
+def one_bit(
+    trace: Trace, index: int = 5, references: Collection[str] = ("ref_1",), at: int = 1, phase: Phase = "decode"
+) -> Trace:
+    """The last bit of one number of one hidden state, of position ``at`` of its phase."""
     if trace.reference_id not in references:
         return trace
-    rows = trace.decode.hidden_states["2"].copy()
+    held = trace.phase(phase)
+    rows = held.hidden_states["2"].copy()
     rows.view(np.uint16)[at, index] ^= 1
-    return replace(trace, decode=replace(trace.decode, hidden_states={**trace.decode.hidden_states, "2": rows}))
+    changed = replace(held, hidden_states={**held.hidden_states, "2": rows})
+    return replace(trace, prefill=changed) if phase == "prefill" else replace(trace, decode=changed)
 
 
 def on_a_gpu(evidence: Evidence) -> Evidence:
@@ -86,8 +108,12 @@ def on_more_threads(evidence: Evidence) -> Evidence:
     return msgspec.structs.replace(evidence, rows=(msgspec.structs.replace(row, facts=facts),))
 
 
-def check(path: Path, host: Host, start: EngineStarter = in_process) -> CheckResult:
-    plan = CheckPlan(claim="quant=none", lineup=("quant=bnb-nf4",))
+LINEUP = CheckPlan(claim="quant=none", lineup=("quant=bnb-nf4",))
+PLAIN = CheckPlan(lineup=("quant=bnb-nf4",))
+BOTH = ["ref_0", "ref_1"]
+
+
+def check(path: Path, host: Host, start: EngineStarter = in_process, plan: CheckPlan = LINEUP) -> CheckResult:
     with open_bundle(path, Keyring([KEY.public])) as bundle:
         return check_bundle(bundle, plan, host, start=start)
 
@@ -95,8 +121,8 @@ def check(path: Path, host: Host, start: EngineStarter = in_process) -> CheckRes
 class Slipping:
     """An engine whose replays come out right but for one bit: of replay N in the references ``slips[N]``, another bit each time."""
 
-    def __init__(self, engine: Engine, slips: Mapping[int, Collection[str]]) -> None:
-        self.config, self.replays, self._engine, self._slips = engine.config, 0, engine, slips
+    def __init__(self, engine: Engine, slips: Mapping[int, Collection[str]], place: Place) -> None:
+        self.config, self.replays, self._engine, self._slips, self._place = engine.config, 0, engine, slips, place
 
     def facts(self) -> EngineFacts:
         return self._engine.facts()
@@ -104,22 +130,32 @@ class Slipping:
     def teacher_force(self, *arguments: Any) -> list[Trace]:
         self.replays += 1
         traces, slips = self._engine.teacher_force(*arguments), self._slips.get(self.replays, ())
-        return [one_bit(trace, 10 + self.replays, slips) for trace in traces]
+        at, phase = self._place
+        return [one_bit(trace, 10 + self.replays, slips, at, phase) for trace in traces]
 
 
 class Slips:
-    """Starts engines of which that in bf16 without quantization slips; the others are as they are."""
+    """Starts engines of which the first in bf16 without quantization ``slips``, and those like it after it as ``others`` says, all
+    of them in one ``place`` and started by ``start``; the rest are as they are."""
 
-    def __init__(self, slips: Mapping[int, Collection[str]]) -> None:
-        self.slips, self.started = slips, list[Slipping]()
+    def __init__(
+        self,
+        slips: Mapping[int, Collection[str]],
+        others: Mapping[int, Collection[str]] | None = None,
+        place: Place = (1, "decode"),
+        start: EngineStarter = in_process,
+    ) -> None:
+        self.slips, self.others, self.place, self.start = slips, others or {}, place, start
+        self.started = list[Slipping]()
 
     @contextmanager
     def __call__(self, config: ExecutionConfig, host: Host, cancelled: Callable[[], bool]) -> Iterator[Any]:
-        with in_process(config, host, cancelled) as engine:
-            if (config.dtype, config.quantization) != ("bf16", "none"):
+        slips = (config.dtype, config.quantization) == ("bf16", "none")
+        with (self.start if slips else in_process)(config, host, cancelled) as engine:
+            if not slips:
                 yield engine
             else:
-                self.started.append(Slipping(engine, self.slips))
+                self.started.append(Slipping(engine, self.others if self.started else self.slips, self.place))
                 yield self.started[-1]
 
     @property
@@ -193,6 +229,69 @@ def test_a_change_before_the_first_slip_is_refuted(honest: Path, host: Host, tmp
     path = forged(honest, tmp_path / "early.msgpack", trace_of=lambda trace: one_bit(trace, at=0))
     start = Slips({1: ["ref_1"], 2: ["ref_1"]})
     assert check(path, host, start).verdict == "INCONSISTENT"
+
+
+def test_each_row_is_settled_by_its_own_replays(two_rows: Path, host: Host) -> None:
+    """Each engine replays both rows: the first slips at its own, the second at its own, and each is made again once."""
+    start = Slips({1: ["ref_1"]}, {2: ["ref_0"]})
+    result = check(two_rows, host, start, PLAIN)
+    assert [row.verdict for row in result.rows] == ["CONSISTENT", "CONSISTENT"], result.rows
+    assert all(row.equality for row in result.rows)
+    assert start.replays == [3, 3]
+    for row, reference in zip(result.rows, ("ref_1", "ref_0"), strict=True):
+        (said,) = [reason for reason in row.reasons if reason.startswith("two replays of ")]
+        assert f" here first differ at {reference}, decode" in said
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_row_that_lies_is_refuted_beside_one_whose_replays_differ(
+    two_rows: Path, host: Host, tmp_path: Path, number: int
+) -> None:
+    path = forged(two_rows, tmp_path / "bit.msgpack", trace_of=one_bit, number=number)
+    unsteady: list[dict[int, list[str]]] = [{1: ["ref_1"], 2: ["ref_1"]}, {2: ["ref_1"], 3: ["ref_1"]}]
+    start = Slips({}, unsteady[1]) if number == 0 else Slips(unsteady[0])
+    rows = check(path, host, start, PLAIN).rows
+    liar, other = rows[number], rows[1 - number]
+    assert liar.verdict == "INCONSISTENT"
+    assert "at ref_1, decode, position " in liar.reasons[1]
+    assert not any("two replays" in reason for reason in liar.reasons)
+    assert other.verdict != "INCONSISTENT", other.reasons
+    assert any(
+        reason.startswith("equality would decide, but for two replays here, which first differ at ref_1, decode")
+        for reason in other.reasons
+    )
+    assert start.replays == [3, 3]
+
+
+def test_a_worker_replays_again(host: Host, tmp_path: Path) -> None:
+    """In a process of its own: one worker replays twice, and says in between what ran."""
+    path = session(tmp_path / "worker.msgpack", host, "", start=start_engine)
+    start = Slips({1: ["ref_1"]}, start=start_engine)
+    result = check(path, host, start)
+    assert (result.verdict, start.replays) == ("CONSISTENT", [2])
+    assert result.rows[0].equality
+    assert any(" here first differ at ref_1, decode" in reason for reason in result.rows[0].reasons)
+
+
+@pytest.mark.parametrize(
+    ("slips", "replays"),
+    [({1: BOTH, 2: BOTH}, [2, 2]), ({}, [2, 1])],
+    ids=["the claimed config is unsteady", "it is steady"],
+)
+def test_a_rival_is_replayed_again_where_the_claimed_config_is_unsteady(
+    host: Host, tmp_path: Path, slips: dict[int, list[str]], replays: list[int]
+) -> None:
+    """The evidence is of another model, whose first replay misses: only a second one finds its bits."""
+    path = session(tmp_path / "other.msgpack", host, "model=other")
+    start = Slips(slips, {1: ["ref_0"]}, place=(0, "prefill"))
+    result = check(path, host, start, CheckPlan(claim="model=tiny", lineup=("model=other",)))
+    assert start.replays == replays
+    assert result.verdict == "INCONSISTENT"
+    said = result.rows[0].reasons[0]
+    if slips:
+        assert said.startswith("bit-identical to ") and said.endswith(", contradicting the claim")
+    else:
+        assert "this verifier's own hardware, software and kernels" in said
 
 
 def test_another_machine_is_replayed_once(honest: Path, host: Host, tmp_path: Path) -> None:
