@@ -84,15 +84,13 @@ def examine(
                 continue
             name, entry = f"{prover.name}_{variant.name}", ended[job.id]
             numbers, difference = _numbers(setting, base, job, entry)
-            # Repetitions in a worker each are all the first of theirs: their time tells of that too.
-            alike = variant.reload == experiment.baseline.reload
             yield Forensics(
                 config=name,
                 work=entry.concurrent_work,
                 numbers=numbers,
                 first_difference=difference,
                 distances=_distances(analysis, f"{prover.name}_{experiment.baseline.name}", name),
-                time=judge_time(times[name].interval) if alike else "UNRESOLVED",
+                time=judge_time(times[name].interval),
                 slowdown=times[name].slowdown,
                 interval=times[name].interval,
             )

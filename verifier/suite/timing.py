@@ -17,7 +17,8 @@ from fpforensics.verifier.suite.sessions import Setting
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """How long a config's repetitions took. ``slowdown`` is the mean over the baseline's, with a 95 % interval.
 
-    ``seconds`` are those of all repetitions, the rest is of those that :func:`counted` leaves. The interval is Fieller's for a ratio of means of unequal variance, with Welch's degrees of freedom; None where there are
+    ``seconds`` are those of all repetitions, ``mean`` and ``variance`` of those that :func:`counted` leaves, and the slowdown is made of
+    those that :func:`compared` leaves; ``cold`` says that these are the first of each worker. The interval is Fieller's for a ratio of means of unequal variance, with Welch's degrees of freedom; None where there are
     too few repetitions, or where it is unbounded.
     """
 
@@ -27,6 +28,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     variance: float
     slowdown: float | None = None
     interval: tuple[float, float] | None = None
+    cold: bool = False
 
 
 def is_finished(job: Job, ended: Mapping[str, Entry]) -> bool:
@@ -37,28 +39,44 @@ def is_finished(job: Job, ended: Mapping[str, Entry]) -> bool:
 def timings(
     setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: Mapping[str, Entry]
 ) -> Iterator[Timing]:
-    """Every finished config of an experiment, prover by prover, its baseline first."""
+    """Every finished config of an experiment, prover by prover, its baseline first; none of a prover without one."""
     for prover in setting.suite.provers:
-        base: tuple[float, ...] = ()
-        for variant, job in jobs_of(experiment, jobs, prover.name):
-            if not is_finished(job, ended):
+        found = jobs_of(experiment, jobs, prover.name)
+        base, base_job = found[0]
+        for variant, job in found:
+            if not (is_finished(job, ended) and is_finished(base_job, ended)):
                 continue
-            seconds = counted(ended[job.id].wall_seconds, variant)
-            base = base or seconds
-            own = seconds is base
+            every, own = ended[job.id].wall_seconds, job is base_job
+            seconds = counted(every, variant)
+            ours, theirs = compared(every, variant, ended[base_job.id].wall_seconds, base)
             yield Timing(
                 config=f"{prover.name}_{variant.name}",
-                seconds=ended[job.id].wall_seconds,
+                seconds=every,
                 mean=statistics.fmean(seconds),
                 variance=statistics.variance(seconds) if len(seconds) > 1 else 0.0,
-                slowdown=None if own or not any(base) else statistics.fmean(seconds) / statistics.fmean(base),
-                interval=None if own else slowdown_interval(seconds, base),
+                slowdown=None if own or not any(theirs) else statistics.fmean(ours) / statistics.fmean(theirs),
+                interval=None if own else slowdown_interval(ours, theirs),
+                cold=variant.reload != base.reload,
             )
 
 
 def counted(seconds: tuple[float, ...], variant: Variant) -> tuple[float, ...]:
     """Without the first of three or more repetitions in one worker: a GPU's kernels are loaded and compiled in it."""
     return seconds if variant.reload or len(seconds) < 3 else seconds[1:]
+
+
+def compared(
+    seconds: tuple[float, ...], variant: Variant, base_seconds: tuple[float, ...], base: Variant
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The repetitions of a config and of its baseline that a slowdown is made of: those counted, or where only one of the two had a
+    worker for each repetition, of both the first in each worker."""
+    if variant.reload == base.reload:
+        return counted(seconds, variant), counted(base_seconds, base)
+    return _first_in_worker(seconds, variant), _first_in_worker(base_seconds, base)
+
+
+def _first_in_worker(seconds: tuple[float, ...], variant: Variant) -> tuple[float, ...]:
+    return seconds if variant.reload else seconds[:1]
 
 
 def slowdown_interval(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:

@@ -16,9 +16,10 @@ from suite_world import TOML, Starts, make, opened, run
 from fpforensics.common.config import parse_config
 from fpforensics.common.errors import ReplayError
 from fpforensics.common.lab.reader import open_experiment
-from fpforensics.verifier.suite.journal import read_journal
+from fpforensics.verifier.suite.journal import Entry, read_journal
 from fpforensics.verifier.suite.model import Variant
-from fpforensics.verifier.suite.timing import counted, slowdown_interval
+from fpforensics.verifier.suite.plan import plan_jobs
+from fpforensics.verifier.suite.timing import Timing, compared, counted, slowdown_interval, timings
 
 TWO = """
 [[prover]]
@@ -55,7 +56,39 @@ def test_timing(unbroken: Path) -> None:
     base, other = experiments["tensor_parallel"]["timing"]
     assert base["slowdown"] is None
     assert len(base["seconds"]) == len(other["seconds"]) == 2  # one worker, and two
-    assert other["slowdown"] == pytest.approx(other["mean"] / base["mean"])
+    # Each of its repetitions is the first of a worker, of the baseline's one is.
+    assert other["slowdown"] == pytest.approx(other["mean"] / base["seconds"][0])
+    assert (base["cold"], other["cold"], other["interval"]) == (False, True, None)
+    (_, alike) = experiments["attention"]["timing"]
+    base = experiments["attention"]["timing"][0]
+    assert (alike["slowdown"], alike["cold"]) == (pytest.approx(alike["mean"] / base["mean"]), False)
+    text = " ".join((unbroken / "report.html").read_text().split())
+    assert text.count("first repetition of the baseline's worker") == 1  # under the one experiment with reload
+
+
+def test_cold_repetitions_are_compared_with_cold_ones(unbroken: Path) -> None:
+    """Generating takes 2 s and the first in a worker 5 s: a new worker for each repetition made nothing slower."""
+    setting = opened(unbroken)
+    (experiment,) = [each for each in setting.suite.experiments if each.name == "tensor_parallel"]
+    jobs = plan_jobs(setting.suite)
+
+    def times(seconds: dict[str, tuple[float, ...]]) -> list[Timing]:
+        ended = {job: Entry(event="finished", job=job, wall_seconds=wall) for job, wall in seconds.items()}
+        return list(timings(setting, experiment, jobs, ended))
+
+    base, other = times({"local.baseline": (5.0, 2.0, 2.1), "local.emulate_tp=2": (5.1, 5.0, 4.9)})
+    assert (base.mean, base.slowdown, other.mean) == (pytest.approx(2.05), None, 5.0)
+    assert (other.slowdown, other.interval, other.cold) == (1.0, None, True)
+    assert times({"local.emulate_tp=2": (5.1, 5.0, 4.9)}) == []  # nothing to compare with
+
+
+def test_what_is_compared() -> None:
+    warm, cold = (Variant(name="x", config=parse_config("model=m"), reload=reload) for reload in (False, True))
+    ours, theirs = (5.0, 2.5, 2.4), (5.0, 2.0, 2.1)
+    assert compared(ours, warm, theirs, warm) == (ours[1:], theirs[1:])
+    assert compared(ours, cold, theirs, cold) == (ours, theirs)
+    assert compared(ours, cold, theirs, warm) == (ours, (5.0,))
+    assert compared(ours, warm, theirs, cold) == ((5.0,), theirs)
 
 
 @pytest.mark.parametrize(
