@@ -1,16 +1,19 @@
-"""What capture costs under vLLM: tokens per second with capture off, log-probabilities only, and all of the default plan.
+"""What capture costs under vLLM: tokens per second of vLLM alone, with capture off, log-probabilities only, and all of the default plan.
 
     python bench/vllm_capture.py [--model smollm2-135m | --shape 1b] [--config compile=true,graphs=true] [--prompt 256] [--new 64]
-        [--batch 1 32] [--repetitions 3]
+        [--batch 1 32] [--repetitions 3] [--bare]
 
 One engine for each batch size, in this process; medians over interleaved repetitions. ``--batch N`` above 1 runs N
 references together (``batch=auto``), all of them captured. The replay is a prefill replay of the same tokens. ``--shape 1b``
-takes random weights of the shape of Llama 3.2 1B.
+takes random weights of the shape of Llama 3.2 1B. *vLLM alone* picks its own greedy tokens; *off* is what costs are held against: the
+median of the repetitions' own ratios. With ``--bare`` nothing but vLLM alone runs, and under CUDA graphs without our operators in the
+model's graph, which are in it whether anything is captured or not.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -23,10 +26,12 @@ import torch
 from machine import describe
 
 from fpforensics.common.config import parse_config
+from fpforensics.common.engines import vllm_compat as compat
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.vllm_engine import VllmEngine
 from fpforensics.common.signals import PHASES, CapturePlan, Forcing, Reference, Sampling
 
+ALONE = "vLLM alone"
 PLANS: dict[str, CapturePlan | None] = {
     "off": None,
     "logprobs": CapturePlan(layers=()),
@@ -59,6 +64,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="new tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--bare", action="store_true", help="vLLM alone, nothing of ours in its graph")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.shape:
@@ -67,12 +73,20 @@ def main() -> None:
         host = Host(device=options.device, models={options.shape: folder} if options.shape else {})
         for batch in options.batch:
             spec = f"model={model},backend=vllm,batch={'1' if batch == 1 else 'auto'},{options.config}"
-            engine = VllmEngine(parse_config(spec.rstrip(",")), host)
+            engine = opened(spec.rstrip(","), host, options.bare)
             try:
                 print(describe(engine.config, torch.device(engine.facts().device)))
                 measure(engine, batch, options)
             finally:
                 engine.close()
+
+
+def opened(spec: str, host: Host, bare: bool) -> VllmEngine:
+    """The engine; ``bare`` leaves our operators out of the model's graph, and takes no graph compiled with them."""
+    if bare:
+        compat.graph_tokens = lambda vllm_config: None
+        os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+    return VllmEngine(parse_config(spec), host)
 
 
 def write_random(shape: str, folder: Path) -> None:
@@ -90,9 +104,14 @@ def measure(engine: VllmEngine, batch: int, options: argparse.Namespace) -> None
         Reference(f"ref_{i}", rng.integers(0, engine.vocab_size, options.prompt).astype(np.int32)) for i in range(batch)
     ]
     sampling = Sampling(max_new_tokens=options.new)
-    seconds: dict[str, list[float]] = {name: [] for name in [*PLANS, "replay"]}
+    seconds: dict[str, list[float]] = {name: [] for name in [ALONE, *PLANS, "replay"]}
     forcings: list[Forcing] = []
     for repetition in range(options.repetitions + 1):  # the first warms up
+        _, spent = timed(lambda: run_alone(engine, references, options.new))
+        if repetition:
+            seconds[ALONE].append(spent)
+        if options.bare:
+            continue
         for name, plan in PLANS.items():
             traces, spent = timed(lambda plan=plan: engine.generate(references, sampling, plan))
             if repetition:
@@ -109,20 +128,40 @@ def measure(engine: VllmEngine, batch: int, options: argparse.Namespace) -> None
         _, spent = timed(lambda forcings=forcings: engine.teacher_force(forcings, CapturePlan(), "prefill"))
         if repetition:
             seconds["replay"].append(spent)
-    tokens, off = batch * options.new, statistics.median(seconds["off"])
-    spread = {name: f"{min(each):.3f} to {max(each):.3f} s" for name, each in seconds.items()}
+    tokens, off = batch * options.new, seconds[ALONE if options.bare else "off"]
     print(
-        f"batch {batch}: {options.prompt} prompt and {options.new} new tokens each, {engine.facts().attention_kernels}"
+        f"batch {batch}: {options.prompt} prompt and {options.new} new tokens each, {engine.facts().attention_kernels or 'bare'}"
     )
-    for name in PLANS:
-        spent = statistics.median(seconds[name])
+    for name in (ALONE, *PLANS):
+        if spent := seconds[name]:
+            cost, least, most = (100 * (ratio - 1) for ratio in paired(spent, off))
+            print(
+                f"  {name:20s} {tokens / statistics.median(spent):10.1f} tokens/s  {cost:+6.1f} % ({least:+.1f} to {most:+.1f})"
+                f"  ({min(spent):.3f} to {max(spent):.3f} s)"
+            )
+    if spent := seconds["replay"]:
+        faster, least, most = paired(off, spent)
         print(
-            f"  capture {name:12s} {tokens / spent:10.1f} tokens/s  {100 * (spent / off - 1):+6.1f} %  ({spread[name]})"
+            f"  prefill replay       {tokens / statistics.median(spent):10.1f} tokens/s  {faster:6.1f} times as fast as generating"
+            f" ({least:.0f} to {most:.0f})  ({min(spent):.3f} to {max(spent):.3f} s)"
         )
-    spent = statistics.median(seconds["replay"])
-    print(
-        f"  prefill replay       {tokens / spent:10.1f} tokens/s  {off / spent:6.1f} times as fast as generating ({spread['replay']})"
-    )
+
+
+def paired(ones: list[float], others: list[float]) -> tuple[float, float, float]:
+    """The ratios of the same repetition's times: median, and the middle half's ends."""
+    ratios = sorted(a / b for a, b in zip(ones, others, strict=True))
+    lower, median, upper = np.percentile(ratios, [25, 50, 75])
+    return float(median), float(lower), float(upper)
+
+
+def run_alone(engine: VllmEngine, references: list[Reference], count: int) -> None:
+    """Generate with vLLM's own sampler, as a provider would."""
+    core: Any = engine._core
+    for reference in references:
+        prompt = compat.token_prompt(reference.prompt_ids.tolist())
+        core.add_request(reference.id, prompt, compat.request_parameters(count))
+    while core.has_unfinished_requests():
+        core.step()
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -49,8 +49,6 @@ class Recorder:
         self._states: torch.Tensor | None = None
         self._entries: list[tuple[str, int]] = []  # (task, slot) of each kept row, in order
         self._columns: dict[str, list[torch.Tensor]] = {"ids": [], "logprobs": [], "chosen": [], "logits": []}
-        self._hidden: dict[int, list[torch.Tensor]] = {}
-        self._keys: dict[int, list[torch.Tensor]] = {}
         self._seen: list[
             tuple[torch.Tensor, torch.Tensor]
         ] = []  # chosen log-probabilities, and which of them are measured
@@ -94,20 +92,15 @@ class Recorder:
             slots = self._slots[task.key] if self._job.capture and not self._failed else {}
             step.place(index, task, start, length, offset, slots)
             offset += length
-        step.upload(self._claimed_row, self._device)
+        step.upload(self._claimed_row, self._device, bool((lengths == 1).all()) and not self._job.capture)
         return step
 
     def after_forward(self, states: Any) -> None:
         """``states`` (T, D) after the final norm, where this rank has them."""
         step = self._step
         assert step is not None
-        hidden, keys = self._taps.take()
-        if not step.wanted:
-            return
+        self._taps.passed()
         self._entries += step.wanted
-        for kept, found in ((self._hidden, hidden), (self._keys, keys)):
-            for block, rows in found.items():
-                kept.setdefault(block, []).append(rows)
         if step.extra and isinstance(states, torch.Tensor):
             self._states = states.index_select(0, step.rows_R[: step.extra])
 
@@ -117,7 +110,7 @@ class Recorder:
         assert step is not None
         logprobs_BV = log_probabilities(logits_BV)  # noqa: N806
         tokens_B = torch.argmax(logprobs_BV, dim=-1)  # the first, that is the lowest id, among equals # noqa: N806
-        named = [self._named(task, number, logprobs_BV[i]) for i, (task, number) in enumerate(step.deciding)]
+        named = [self._named(task, number, logprobs_BV, i) for i, (task, number) in enumerate(step.deciding)]
         if any(token >= 0 for token in named):
             named_B = torch.tensor(named, device=self._device)  # noqa: N806
             tokens_B = torch.where(named_B >= 0, named_B, tokens_B)  # noqa: N806
@@ -137,12 +130,13 @@ class Recorder:
             self._columns["ids"] = [torch.cat(ids).to(torch.int32)]
         deal = _Deal(self._job.tasks, self._entries, self._device)
         rows = {task.key: Rows(key=task.key) for task in self._job.tasks if len(task.positions)}
+        hidden, keys = self._taps.collect()
         if tensor_rank == 0:
             for name, parts in self._columns.items():
                 deal(parts, lambda key, part, name=name: setattr(rows[key], name, part))  # type: ignore[misc]
-            for block, parts in self._hidden.items():
+            for block, parts in hidden.items():
                 deal(parts, lambda key, part, block=block: rows[key].hidden.update({block: part}))  # type: ignore[misc]
-        for block, parts in self._keys.items():
+        for block, parts in keys.items():
             deal(parts, lambda key, part, block=block: rows[key].keys.update({block: part}))  # type: ignore[misc]
         return Report(
             pipeline_rank=pipeline_rank,
@@ -159,15 +153,15 @@ class Recorder:
         chosen, measured = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
         return bool((torch.isfinite(chosen) | ~measured).all())
 
-    def _named(self, task: Task | None, number: int, logprobs_V: torch.Tensor) -> int:  # noqa: N803
-        """The token that is not simply the most likely one, or -1."""
+    def _named(self, task: Task | None, number: int, logprobs_BV: torch.Tensor, index: int) -> int:  # noqa: N803
+        """The token of request ``index`` that is not simply the most likely one, or -1."""
         if task is None or task.greedy:
             return -1
         if task.forced_ids is not None:
             return int(task.forced_ids[number])
         if self._job.sampling.temperature == 0.0:
             return -1
-        return choose(logprobs_V.cpu().numpy(), self._job.sampling, task.reference_id, number)
+        return choose(logprobs_BV[index].cpu().numpy(), self._job.sampling, task.reference_id, number)
 
     def _record(
         self,
@@ -279,8 +273,8 @@ class _Step:
         for first in range(before, len(self._others), _ROWS_AT_ONCE):
             self.products.append((first, min(first + _ROWS_AT_ONCE, len(self._others))))
 
-    def upload(self, claimed_row: dict[str, int], device: torch.device) -> None:
-        """All indices in one transfer."""
+    def upload(self, claimed_row: dict[str, int], device: torch.device, idle: bool) -> None:
+        """All indices in one transfer. ``idle``: one position of each request, and none of this job's is wanted."""
         self.extra = len(self._others)
         every = [*self._others, *self._last]
         first = every[0][2] if every else 0
@@ -290,6 +284,7 @@ class _Step:
         every_request = list(range(len(self.deciding)))
         self.of_every_request = [request for *_, request in self._last] == every_request
         self.is_steady = self.of_every_request and [row for _, _, row, _ in every] == every_request
+        self.is_steady |= idle and all(task is not None for task, _ in self.deciding)
         measured = [int(task is not None and not task.greedy) for task, _ in self.deciding]
         packed = torch.tensor(
             [row for _, _, row, _ in every]
@@ -313,9 +308,9 @@ class _Run:
     def __init__(self, request_ids: Sequence[str], starts: Array, step: _Step, claimed: bool) -> None:
         self._request_ids, self._claimed = list(request_ids), claimed
         self.starts, self.step = starts, step
-        wanted = [task.positions for task, _ in step.deciding if task is not None]
-        neighbours = all(int(each[-1]) - int(each[0]) == len(each) - 1 for each in wanted)
-        self._last = np.array([each[-1] for each in wanted]) if neighbours else np.full(len(wanted), -1)
+        self._last = np.array([_last_of_run(task.positions) for task, _ in step.deciding if task is not None])
+        if not step.wanted:
+            self._last[:] = np.iinfo(np.int64).max
 
     def next(self, request_ids: Sequence[str], starts: Array, lengths: Array) -> _Step | None:
         """The next step, or None where it is another kind."""
@@ -326,12 +321,18 @@ class _Run:
         before, step = self.step, _Step()
         step.wanted = [(key, slot + 1) for key, slot in before.wanted]
         step.deciding = [(task, number + 1) for task, number in before.deciding]
-        step.of_every_request = step.is_steady = True
+        step.of_every_request, step.is_steady = before.of_every_request, True
         step.span, step.rows_R, step.requests = before.span, before.rows_R, before.requests
         step.next_ids, step.measured_B = before.next_ids, before.measured_B
         step.claims = before.claims + 1 if self._claimed else before.claims
         self.starts, self.step = starts, step
         return step
+
+
+def _last_of_run(positions: Array) -> int:
+    """The last of neighbouring positions; -1 where there are gaps, or none."""
+    count = len(positions)
+    return int(positions[-1]) if count and int(positions[-1]) - int(positions[0]) == count - 1 else -1
 
 
 def _claims(tasks: Sequence[Task], device: torch.device) -> tuple[torch.Tensor | None, dict[str, int]]:

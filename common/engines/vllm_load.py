@@ -109,7 +109,7 @@ def engine_options(config: ExecutionConfig, path: Path, device: str) -> dict[str
         "worker_cls": compat.WORKER,
         "additional_config": {
             "plain_awq": config.quantization == "awq",
-            "evidence": 1,
+            "evidence": 2,
         },  # part of the key of compiled code
         **compat.attention_options(config),
         **compat.compilation_options(config),

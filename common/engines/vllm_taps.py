@@ -5,8 +5,8 @@ the next layer's fused addition does. Keys are the second argument of the attent
 
 Under ``torch.compile`` and CUDA graphs a hook's Python runs once, while the graph is made. There each hook is an operator of ours
 in the model's graph, in every block, whether its rows are wanted or not: capture then changes no graph. Where compiled code calls
-the operator, it keeps rows as a hook does. In a CUDA graph it copies the rows that a fixed list names into a fixed buffer, and the
-list is written before each replay.
+the operator, it keeps rows as a hook does. In a CUDA graph it copies rows into a fixed buffer: two fixed lists name them and where
+they go, and are written before each replay. So the rows of many steps gather there, and are taken out of it together.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 Kept = dict[int, torch.Tensor]
+Gathered = dict[int, list[torch.Tensor]]
 _STATES, _KEYS = 0, 1
 _SINK = "evidence_rows"
+_LEAST_ROWS = 512
 
 
 class Taps:
@@ -29,18 +31,26 @@ class Taps:
         self._blocks = blocks
         self._handles: list[Any] = []
         self._wanted: frozenset[int] = frozenset()
-        self._count = 0
-        self._rows_R: torch.Tensor | None = None
+        self._armed: torch.Tensor | None = None  # (R,) the rows of the coming forward
         self._span: slice | None = None
-        self._kept: tuple[Kept, Kept] = ({}, {})
-        self._listed: torch.Tensor | None = None  # (capacity,) what a CUDA graph copies
+        self._kept: tuple[Kept, Kept] = ({}, {})  # what the last forward left
+        self._rows: tuple[Gathered, Gathered] = ({}, {})  # what all forwards did
+        self._capacity = 0
+        self._listed: torch.Tensor | None = None  # (capacity,) the rows that a CUDA graph copies,
+        self._places: torch.Tensor | None = None  # (capacity,) and their places in the sinks
+        self._every_place: torch.Tensor | None = None
         self._sinks: tuple[Kept, Kept] = ({}, {})
+        self._room = self._used = 0  # rows of a sink; one more takes what nobody wants
 
     def build_in(self, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make the hooks a part of the model's graph, once and for all. ``capacity`` is the largest CUDA graph's tokens."""
         global _current
         _current = self
-        self._listed = torch.zeros(max(1, capacity), dtype=torch.int64, device=device)
+        self._capacity = max(1, capacity)
+        self._room = max(self._capacity, _LEAST_ROWS)
+        self._every_place = torch.arange(self._room, device=device)
+        self._listed = torch.zeros(self._capacity, dtype=torch.int64, device=device)
+        self._places = torch.full_like(self._listed, self._room)
         for index, block in enumerate(self._blocks):
             if not any(True for _ in block.parameters()):
                 continue  # another stage's
@@ -49,19 +59,24 @@ class Taps:
                 heads: Any = attention
                 sources.append((_KEYS, attention, heads.num_kv_heads * heads.head_size))
             for kind, module, size in sources:
-                # Not numbers: rows that no graph ever wrote must not pass for captured ones.
-                sink = torch.full((max(1, capacity), size), torch.nan, dtype=dtype, device=device)
+                sink = torch.empty((self._room + 1, size), dtype=dtype, device=device)
                 module.register_buffer(_SINK, sink, persistent=False)
                 self._sinks[kind][index] = sink
             block.register_forward_hook(_state_operator(index))
             if attention is not None:
                 attention.register_forward_pre_hook(_key_operator(index), with_kwargs=True)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no forward of a job is armed: what a graph's copy does then changes nothing."""
+        return self._armed is None
+
     def plant(self, wanted: Sequence[int]) -> None:
-        """Listen to these blocks (0-based) and no others."""
+        """Listen to these blocks (0-based) and no others, from nothing on."""
         self.remove()
         self._wanted = frozenset(wanted)
         if self._listed is not None:
+            self._forget(self._room)
             return
         for index in sorted(self._wanted):
             block = self._blocks[index]
@@ -72,53 +87,104 @@ class Taps:
 
     def arm(self, rows_R: torch.Tensor, span: slice | None = None) -> None:  # noqa: N803
         """Keep these rows (R,) of the next forward; ``span`` where they are neighbours, which saves their selection."""
-        self._count, self._span = len(rows_R), span
-        self._rows_R = rows_R if self._count else None
-        if self._listed is not None and self._count <= len(self._listed):
-            # Every entry, so that none points beyond a smaller graph's rows.
-            self._listed.zero_()
-            self._listed[: self._count] = rows_R
+        count = len(rows_R)
+        if self._listed is not None and self._places is not None and count <= self._capacity:
+            if self._used + count > self._room:
+                self._empty()
+            if rows_R is not self._armed:
+                # Every entry, so that none points beyond a smaller graph's rows, or to a place that is taken.
+                self._listed.zero_()
+                self._listed[:count] = rows_R
+                self._places[count:] = self._room
+            if count:
+                assert self._every_place is not None
+                self._places[:count] = self._every_place[self._used : self._used + count]
+        self._armed, self._span = rows_R, span
 
-    def take(self) -> tuple[Kept, Kept]:
-        """What the last forward left: block -> hidden states (R, D), and block -> keys (R, heads * head_dim)."""
-        kept, self._rows_R, self._kept = self._kept, None, ({}, {})
-        if self._count:
-            for found, sinks in zip(kept, self._sinks, strict=True):
-                # What no operator saw came out of a CUDA graph.
-                found.update(
-                    {i: sinks[i][: self._count].clone() for i in self._wanted if i in sinks and i not in found}
-                )
-        return kept
+    def passed(self) -> None:
+        """The armed forward is through: its rows follow those of the forwards before it."""
+        count = 0 if self._armed is None else len(self._armed)
+        kept, self._kept = self._kept, ({}, {})
+        if not count:
+            return
+        if not any(kept) and count <= self._capacity:  # no operator saw anything: it was a CUDA graph
+            self._used += count
+            return
+        # A layer without keys of its own leaves what no graph wrote.
+        others = [
+            {i: self._written(sinks[i], count) for i in self._wanted & sinks.keys() if i not in found}
+            for found, sinks in zip(kept, self._sinks, strict=True)
+        ]
+        self._empty()
+        for found, other, rows in zip(kept, others, self._rows, strict=True):
+            for index, own in (found | other).items():
+                rows.setdefault(index, []).append(own)
+
+    def collect(self) -> tuple[Gathered, Gathered]:
+        """All that was kept since :meth:`plant`, in order: block -> parts (R, D) of the hidden states, and of the keys (R, heads * head_dim)."""
+        self._empty()
+        rows, self._rows = self._rows, ({}, {})
+        return rows
 
     def remove(self) -> None:
-        """Take the hooks off; those that are built in fall silent."""
+        """Take the hooks off and forget what they kept; those that are built in fall silent."""
         self._wanted = frozenset()
+        self._armed, self._kept, self._rows, self._used = None, ({}, {}), ({}, {}), 0
+        if self._places is not None:
+            self._places.fill_(self._room)
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
+    def _empty(self) -> None:
+        """Take the rows that CUDA graphs wrote out of the sinks."""
+        if not self._used:
+            return
+        for sinks, rows in zip(self._sinks, self._rows, strict=True):
+            for index in self._wanted & sinks.keys():
+                rows.setdefault(index, []).append(sinks[index][: self._used].clone())
+        self._forget(self._used)
+        self._used = 0
+
+    def _written(self, sink: torch.Tensor, count: int) -> torch.Tensor:
+        if count > self._capacity:
+            return sink.new_full((count, sink.shape[1]), torch.nan)
+        return sink[self._used : self._used + count].clone()
+
+    def _forget(self, count: int) -> None:
+        """Not numbers: rows that no graph wrote must not pass for captured ones."""
+        for sinks in self._sinks:
+            for index in self._wanted & sinks.keys():
+                sinks[index][:count].fill_(torch.nan)
+
     def keep(self, kind: int, index: int, rows_TD: torch.Tensor, more_TD: torch.Tensor | None) -> None:  # noqa: N803
         """Keep the armed rows of what a block computed: the sum of both parts."""
-        if self._rows_R is None or index not in self._wanted:
+        armed, span = self._armed, self._span
+        if armed is None or not len(armed) or index not in self._wanted:
             return
-        if self._span is not None:
-            rows, more = rows_TD[self._span], None if more_TD is None else more_TD[self._span]
-            kept = rows.clone() if more is None else rows + more  # never a view: vLLM writes over its buffers
-        else:
-            kept = rows_TD.index_select(0, self._rows_R)
+        if span is None:
+            kept = rows_TD.index_select(0, armed)
             if more_TD is not None:
-                kept = kept + more_TD.index_select(0, self._rows_R)
-        self._kept[kind][index] = kept.reshape(len(kept), -1)
+                kept = kept + more_TD.index_select(0, armed)
+        elif len(armed) == len(rows_TD):  # never a view: vLLM writes over its buffers
+            kept = rows_TD.clone() if more_TD is None else rows_TD + more_TD
+        else:
+            kept = rows_TD[span].clone() if more_TD is None else rows_TD[span] + more_TD[span]
+        self._kept[kind][index] = kept if kept.dim() == 2 else kept.reshape(len(kept), -1)
 
     def copy(self, sink: torch.Tensor, rows_TD: torch.Tensor, more_TD: torch.Tensor | None) -> None:  # noqa: N803
         """What a CUDA graph does in :meth:`keep`'s place, each time it runs."""
-        assert self._listed is not None
-        count = min(len(rows_TD), len(self._listed))
-        listed = self._listed[:count]
-        kept = rows_TD.index_select(0, listed).reshape(count, -1)
-        if more_TD is not None:
-            kept = kept + more_TD.index_select(0, listed).reshape(count, -1)
-        sink[:count].copy_(kept)
+        assert self._listed is not None and self._places is not None
+        count = min(len(rows_TD), self._capacity)
+        listed, places = self._listed[:count], self._places[:count]
+        rows, more = rows_TD.reshape(len(rows_TD), -1), None if more_TD is None else more_TD.reshape(len(rows_TD), -1)
+        if sink.is_cuda:
+            from fpforensics.common.engines.vllm_tap_kernel import copy_rows
+
+            copy_rows(sink, rows, more, listed, places)
+            return
+        kept = rows.index_select(0, listed)
+        sink.index_copy_(0, places, kept if more is None else kept + more.index_select(0, listed))
 
     def _state_hook(self, index: int) -> Any:
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -179,7 +245,9 @@ def _key_operator(index: int) -> Any:
 def _tap(sink: torch.Tensor, rows: torch.Tensor, more: torch.Tensor | None, index: int, kind: int) -> None:
     if _current is None:
         return
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+    capturing = rows.is_cuda and torch.cuda.is_current_stream_capturing()
+    # vLLM runs everything once before it makes graphs: a kernel cannot be compiled while one is made.
+    if capturing or (rows.is_cuda and _current.is_idle):
         _current.copy(sink, rows, more)
     else:
         _current.keep(kind, index, rows, more)

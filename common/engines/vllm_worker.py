@@ -54,16 +54,19 @@ class EvidenceWorker(compat.platform_worker()):  # type: ignore[misc]
         """From now on, every request is one of this job's (:class:`Job`)."""
         job = unpack(data, Job)
         runner = self.model_runner
-        self._taps.plant(job.blocks if job.capture else [])
+        with torch.inference_mode():
+            self._taps.plant(job.blocks if job.capture else [])
         self._recorder = Recorder(job, self._taps, runner.model.compute_logits, runner.device, compat.ranks())
 
     def evidence_finish(self, alone: bool) -> Report | bytes:
         """The job is done: what this rank recorded; packed, unless it is ``alone`` and so in the engine's own process."""
         recorder, self._recorder = self._recorder, None
-        self._taps.remove()
         assert recorder is not None
-        with torch.inference_mode():
-            report = recorder.finish()
+        try:
+            with torch.inference_mode():
+                report = recorder.finish()
+        finally:
+            self._taps.remove()
         return report if alone else pack(report)
 
     def evidence_abandon(self) -> None:

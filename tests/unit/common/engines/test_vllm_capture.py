@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,18 +21,22 @@ class Rows:
 
     def __init__(self) -> None:
         self.forward, self.rows, self.bad = 0, torch.zeros(0, dtype=torch.int64), -1
+        self.kept: list[torch.Tensor] = []
 
     def arm(self, rows_R: torch.Tensor, span: slice | None = None) -> None:  # noqa: N803
         if span is not None:
             assert rows_R.tolist() == list(range(span.start, span.stop))
         self.rows, self.forward = rows_R, self.forward + 1
 
-    def take(self) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    def passed(self) -> None:
         states = torch.full((len(self.rows), WIDTH), float(self.forward))
         states[:, 1] = self.rows
         if self.forward == self.bad:
             states[-1, 2] = float("inf")
-        return {0: states}, {}
+        self.kept.append(states)
+
+    def collect(self) -> tuple[dict[int, list[torch.Tensor]], dict[int, list[torch.Tensor]]]:
+        return {0: self.kept}, {}
 
 
 def task(number: int, prompt: int, new: int, kept: int) -> Task:
@@ -45,12 +50,12 @@ def task(number: int, prompt: int, new: int, kept: int) -> Task:
 Forward = tuple[Sequence[int], Sequence[int], Sequence[int]]  # tasks, starts, lengths
 
 
-def record(tasks: list[Task], forwards: Iterator[Forward], bad: int = -1) -> Report:
+def record(tasks: list[Task], forwards: Iterator[Forward], bad: int = -1, capture: bool = True) -> Report:
     from fpforensics.common.engines.vllm_capture import Recorder
 
     taps = Rows()
     taps.bad = bad
-    job = Job(tasks=tasks, blocks=[0], top_k=2, full_logits=False, sampling=Sampling())
+    job = Job(tasks=tasks, blocks=[0], top_k=2, full_logits=False, sampling=Sampling(), capture=capture)
     product = lambda states: torch.zeros(len(states), VOCABULARY)  # noqa: E731
     recorder = Recorder(job, taps, product, torch.device("cpu"), (0, 0))  # type: ignore[arg-type]
     for numbers, starts, lengths in forwards:
@@ -100,3 +105,21 @@ def test_a_row_that_is_no_number_is_noticed() -> None:
             yield (0,), (4 + step,), (1,)
 
     assert record([task(0, 4, 4, 1)], forwards(), bad=3).finite is False
+
+
+def test_steps_of_a_job_without_capture_are_followed_too() -> None:
+    """Nothing of it is kept; an interruption is still seen."""
+
+    def forwards(back: int) -> Iterator[Forward]:
+        yield (0, 1), (0, 0), (4, 6)
+        for step in range(3):
+            yield (0, 1), (4 + step, 6 + step), (1, 1)
+        yield (1,), (9 - back,), (1 + back,)
+
+    silent = [
+        msgspec.structs.replace(each, positions=each.positions[:0]) for each in (task(0, 4, 4, 0), task(1, 6, 5, 0))
+    ]
+    through = record(silent, forwards(0), capture=False)
+    assert (through.failed, through.rows, through.phases) == ("", [], ["prefill", "decode"])
+    assert through.steps == [(2, 10), (2, 2), (2, 2), (2, 2), (1, 1)]
+    assert "ref_1 was interrupted at position 9" in record(silent, forwards(2), capture=False).failed

@@ -52,35 +52,69 @@ def test_a_graph_copies_what_the_list_names() -> None:
         def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return rows, rows + 1
 
+    def run_graph(rows: int) -> None:
+        taps.copy(blocks[1].evidence_rows, states[:rows], states[:rows] + 1)
+        taps.copy(blocks[1].attention.evidence_rows, keys[:rows], None)
+        taps.copy(blocks[0].evidence_rows, states[:rows], None)  # nobody asked for it
+        taps.passed()
+
     blocks = [Block(), Block()]
     taps = Taps(blocks)
     taps.build_in(4, 3, torch.float32, torch.device("cpu"))
     taps.plant([1])
     states, keys = torch.arange(15.0).reshape(5, 3), torch.arange(20.0).reshape(5, 2, 2)
+    wanted = [[3, 1], [2], [0, 3, 1]]
 
-    taps.arm(torch.tensor([3, 1]))
-    with torch.no_grad():
-        blocks[1](states)  # compiled code calls the operator
-    hidden, kept = taps.take()
-    assert torch.equal(hidden[1], states[[3, 1]] * 2 + 1)
-    assert torch.isnan(kept[1]).all()  # its attention never ran: nothing that could pass for keys
-
-    taps.arm(torch.tensor([3, 1]))
-    taps.copy(blocks[1].evidence_rows, states, states + 1)
-    taps.copy(blocks[1].attention.evidence_rows, keys, None)
-    hidden, kept = taps.take()
-    assert torch.equal(hidden[1], states[[3, 1]] * 2 + 1)
-    assert torch.equal(kept[1], keys[[3, 1]].reshape(2, 4))
-    assert set(hidden) == set(kept) == {1}
-
+    for rows in wanted[:2]:
+        taps.arm(torch.tensor(rows))
+        run_graph(4)
+    taps.arm(torch.tensor([], dtype=torch.int64))
+    run_graph(1)  # a smaller graph: every listed row is within it, and none of its rows is kept
     taps.arm(torch.tensor([1, 2]), slice(1, 3))
     with torch.no_grad():
-        blocks[1](states)
-    assert torch.equal(taps.take()[0][1], states[1:3] * 2 + 1)
+        blocks[1](states)  # compiled code calls the operator
+    taps.passed()
+    taps.arm(torch.tensor(wanted[2]))
+    run_graph(4)
+    hidden, kept = taps.collect()
+    assert set(hidden) == set(kept) == {1}
+    assert torch.equal(torch.cat(hidden[1]), states[[3, 1, 2, 1, 2, 0, 3, 1]] * 2 + 1)
+    found = torch.cat(kept[1])
+    assert torch.equal(found[[0, 1, 2, 5, 6, 7]], keys[[3, 1, 2, 0, 3, 1]].reshape(6, 4))
+    assert torch.isnan(found[3:5]).all()  # its attention never ran: nothing that could pass for keys
+    assert taps.collect() == ({}, {})
 
-    taps.arm(torch.tensor([], dtype=torch.int64))
-    taps.copy(blocks[1].evidence_rows, states[:1], None)  # a smaller graph: every listed row is within it
-    assert taps.take() == ({}, {})
+    taps.arm(torch.tensor([2]))
+    taps.passed()  # nothing ran at all
+    assert torch.isnan(torch.cat(taps.collect()[0][1])).all()
+
+
+def test_more_steps_than_the_buffer_holds_are_kept_in_order() -> None:
+    """A run arms the same rows again and again; the buffer is emptied whenever it is full."""
+    import torch
+    from torch import nn
+
+    from fpforensics.common.engines.vllm_taps import _LEAST_ROWS, Taps
+
+    block = nn.Linear(2, 2)
+    taps = Taps([block])
+    taps.build_in(4, 2, torch.float32, torch.device("cpu"))
+    taps.plant([0])
+    steady, steps = torch.tensor([0, 1, 2]), _LEAST_ROWS
+    for step in range(steps):
+        rows = torch.full((4, 2), float(step)) + torch.arange(4.0)[:, None] / 8
+        taps.arm(steady, slice(0, 3))
+        taps.copy(block.evidence_rows, rows, None)
+        taps.passed()
+    parts = taps.collect()[0][0]
+    found = torch.cat(parts)[:, 0].reshape(steps, 3)
+    assert torch.equal(found, torch.arange(float(steps))[:, None] + torch.arange(3.0) / 8)
+    assert len(parts) == 4  # not one for each step
+
+    taps.plant([0])
+    taps.arm(steady, slice(0, 3))
+    taps.passed()
+    assert torch.isnan(taps.collect()[0][0][0]).all()  # the last job's rows are gone
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -121,8 +155,9 @@ def test_keys_are_kept_by_place_and_by_name(named: bool, compiled: bool) -> None
         taps.arm(torch.tensor([2, 0]))
         with torch.no_grad():
             run(rows, shared)
-        kept = taps.take()[1]
+        taps.passed()
+        kept = taps.collect()[1]
         if not shared:
-            assert torch.equal(kept[0], rows[[2, 0]] * 2)
+            assert torch.equal(kept[0][0], rows[[2, 0]] * 2)
         else:
-            assert 0 not in kept or torch.isnan(kept[0]).all()
+            assert 0 not in kept or torch.isnan(kept[0][0]).all()
