@@ -39,16 +39,17 @@ def is_finished(job: Job, ended: Mapping[str, Entry]) -> bool:
 def timings(
     setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: Mapping[str, Entry]
 ) -> Iterator[Timing]:
-    """Every finished config of an experiment, prover by prover, its baseline first; none of a prover without one."""
+    """Every finished config of an experiment, prover by prover, its baseline first. Without a finished baseline there is no slowdown."""
     for prover in setting.suite.provers:
         found = jobs_of(experiment, jobs, prover.name)
         base, base_job = found[0]
+        base_seconds = ended[base_job.id].wall_seconds if is_finished(base_job, ended) else ()
         for variant, job in found:
-            if not (is_finished(job, ended) and is_finished(base_job, ended)):
+            if not is_finished(job, ended):
                 continue
             every, own = ended[job.id].wall_seconds, job is base_job
             seconds = counted(every, variant)
-            ours, theirs = compared(every, variant, ended[base_job.id].wall_seconds, base)
+            ours, theirs = compared(every, variant, base_seconds, base)
             yield Timing(
                 config=f"{prover.name}_{variant.name}",
                 seconds=every,
