@@ -374,7 +374,9 @@ def _require_bounded(
     rows: Mapping[str, Sequence[Row]],
     again: Sequence[ExecutionConfig],
 ) -> None:
-    """A bundle must not choose how long a verifier computes. Configs of ``again`` may be replayed twice."""
+    """A bundle must not choose how long a verifier computes. Configs of ``again`` may be replayed twice; so may the others where one of
+    these does not repeat, which is not counted: at most twice the limit.
+    """
     prompts = {entry.id: math.prod(entry.prompt_ids.shape) for entry in bundle.evidence.references}
     tokens = sum(
         (1 + (member.config in again))

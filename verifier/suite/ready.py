@@ -1,6 +1,6 @@
 """Whether a suite is ready to run: the plan's checklist, one finding after the other.
 
-Nothing is skipped silently: what a prover or a replay could not run is named with its reason, as the run itself would say it.
+Nothing is skipped silently: what a prover or a replay could not run is named with its reason.
 """
 
 from __future__ import annotations
