@@ -83,10 +83,13 @@ def main() -> None:
 
 def opened(spec: str, host: Host, bare: bool) -> VllmEngine:
     """The engine; ``bare`` leaves our operators out of the model's graph, and takes no graph compiled with them."""
+    config = parse_config(spec)
     if bare:
+        if config.tensor_parallel * config.pipeline_parallel > 1:
+            raise SystemExit("--bare: ranks are processes of their own, which load our operators")
         compat.graph_tokens = lambda vllm_config: None
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-    return VllmEngine(parse_config(spec), host)
+    return VllmEngine(config, host)
 
 
 def write_random(shape: str, folder: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from fpforensics.common.engines.transformers_capture import log_probabilities, to_numpy
 from fpforensics.common.engines.vllm_jobs import Job, Report, Rows, Task
 from fpforensics.common.engines.vllm_taps import Taps
+from fpforensics.common.errors import ReplayError
 from fpforensics.common.sampling import choose
 from fpforensics.common.signals import PHASES, Array, Phase
 
@@ -210,6 +211,7 @@ class _Deal:
     """
 
     def __init__(self, tasks: Sequence[Task], entries: Sequence[tuple[str, int]], device: torch.device) -> None:
+        self._count = len(entries)
         number = {task.key: index for index, task in enumerate(tasks)}
         owner = np.array([number[key] for key, _ in entries], np.int64)
         slots = np.array([slot for _, slot in entries], np.int64)
@@ -232,6 +234,10 @@ class _Deal:
         if not parts:
             return
         rows = torch.cat(parts)
+        if len(rows) != self._count:
+            raise ReplayError(
+                f"{len(rows)} rows were kept of {self._count}", "this is an error of ours: please report it"
+            )
         parts.clear()  # the device's memory is nearly all taken
         if rows.dtype.is_floating_point:
             for some in rows.split(1024):
@@ -249,7 +255,7 @@ class _Step:
         self.products: list[tuple[int, int]] = []
         self.extra = 0
         self.of_every_request = False  # the deciding rows are all of the logits, in order
-        self.is_steady = False  # and there are no others: each request computes one position, and it is wanted
+        self.is_steady = False  # and there are no others: each request computes one position, and it is wanted, or none of the job's is
         self.span: slice | None = None  # the wanted rows, where they are neighbours in order
         self.deciding: list[tuple[Task | None, int]] = []  # for each request: its task and which token it names now
         self._others: list[tuple[str, int, int, int]] = []  # task, slot, row, next id

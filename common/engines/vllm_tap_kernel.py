@@ -52,12 +52,13 @@ def copy_rows(
 ) -> None:
     """``sink[places] = rows[listed] + more[listed]``, where a place is one of the sink's, but for the last.
 
-    ``sink`` (room + 1, D); ``rows``, ``more`` (T, D); ``listed``, ``places`` (N,) int64.
+    ``sink`` (room + 1, D); ``rows``, ``more`` (T, D); ``listed``, ``places`` (N,) int64. Raises :class:`TypeError` for rows of another
+    dtype than the sink's, which would be rounded.
     """
-    width = sink.shape[1]
-    assert sink.is_contiguous() and rows.shape[1] == width and rows.stride(1) == 1
-    assert more is None or (more.shape[1] == width and more.stride(1) == 1 and more.dtype == rows.dtype)
-    other = rows if more is None else more
+    width, other = sink.shape[1], rows if more is None else more
+    if not rows.dtype == other.dtype == sink.dtype:
+        raise TypeError(f"rows of {rows.dtype} and {other.dtype} do not go into a buffer of {sink.dtype} unrounded")
+    assert sink.is_contiguous() and rows.shape[1] == other.shape[1] == width and rows.stride(1) == other.stride(1) == 1
     grid = (len(listed), triton.cdiv(width, _BLOCK))
     _copy_rows[grid](
         rows,

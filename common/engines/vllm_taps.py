@@ -11,7 +11,7 @@ they go, and are written before each replay. So the rows of many steps gather th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ Kept = dict[int, torch.Tensor]
 Gathered = dict[int, list[torch.Tensor]]
 _STATES, _KEYS = 0, 1
 _SINK = "evidence_rows"
-_LEAST_ROWS = 512
+_ROWS, _BYTES = 512, 1 << 28  # of a sink, and of all of them, where the largest graph does not need more
 
 
 class Taps:
@@ -31,7 +31,7 @@ class Taps:
         self._blocks = blocks
         self._handles: list[Any] = []
         self._wanted: frozenset[int] = frozenset()
-        self._armed: torch.Tensor | None = None  # (R,) the rows of the coming forward
+        self._armed: torch.Tensor | None = None  # (R,) the rows of the coming forward, or of the last
         self._span: slice | None = None
         self._kept: tuple[Kept, Kept] = ({}, {})  # what the last forward left
         self._rows: tuple[Gathered, Gathered] = ({}, {})  # what all forwards did
@@ -46,29 +46,36 @@ class Taps:
         """Make the hooks a part of the model's graph, once and for all. ``capacity`` is the largest CUDA graph's tokens."""
         global _current
         _current = self
+        taps: list[tuple[int, int, Any, int]] = []
+        for index, block in self._own():
+            taps.append((_STATES, index, block, width))
+            if (attention := key_source(block)) is not None:
+                heads: Any = attention
+                taps.append((_KEYS, index, attention, heads.num_kv_heads * heads.head_size))
+        a_row = sum(size for *_, size in taps) * dtype.itemsize
         self._capacity = max(1, capacity)
-        self._room = max(self._capacity, _LEAST_ROWS)
+        self._room = max(self._capacity, min(_ROWS, _BYTES // max(1, a_row))) if capacity else 1
         self._every_place = torch.arange(self._room, device=device)
         self._listed = torch.zeros(self._capacity, dtype=torch.int64, device=device)
         self._places = torch.full_like(self._listed, self._room)
+        for kind, index, module, size in taps:
+            sink = torch.empty((self._room + 1, size), dtype=dtype, device=device)
+            module.register_buffer(_SINK, sink, persistent=False)
+            self._sinks[kind][index] = sink
+            if kind == _STATES:
+                module.register_forward_hook(_state_operator(index))
+            else:
+                module.register_forward_pre_hook(_key_operator(index), with_kwargs=True)
+
+    def _own(self) -> Iterator[tuple[int, nn.Module]]:
+        """The blocks that this pipeline stage holds."""
         for index, block in enumerate(self._blocks):
-            if not any(True for _ in block.parameters()):
-                continue  # another stage's
-            sources: list[tuple[int, Any, int]] = [(_STATES, block, width)]
-            if (attention := key_source(block)) is not None:
-                heads: Any = attention
-                sources.append((_KEYS, attention, heads.num_kv_heads * heads.head_size))
-            for kind, module, size in sources:
-                sink = torch.empty((self._room + 1, size), dtype=dtype, device=device)
-                module.register_buffer(_SINK, sink, persistent=False)
-                self._sinks[kind][index] = sink
-            block.register_forward_hook(_state_operator(index))
-            if attention is not None:
-                attention.register_forward_pre_hook(_key_operator(index), with_kwargs=True)
+            if any(True for _ in block.parameters()):
+                yield index, block
 
     @property
     def is_idle(self) -> bool:
-        """Whether no forward of a job is armed: what a graph's copy does then changes nothing."""
+        """Whether no job is on. What a graph's copy does then is forgotten when one begins."""
         return self._armed is None
 
     def plant(self, wanted: Sequence[int]) -> None:
@@ -86,7 +93,10 @@ class Taps:
                 self._handles.append(attention.register_forward_pre_hook(self._key_hook(index), with_kwargs=True))
 
     def arm(self, rows_R: torch.Tensor, span: slice | None = None) -> None:  # noqa: N803
-        """Keep these rows (R,) of the next forward; ``span`` where they are neighbours, which saves their selection."""
+        """Keep these rows (R,) of the next forward; ``span`` where they are neighbours, which saves their selection.
+
+        Between the forwards of a job there are no others: a CUDA graph that ran unarmed would write to the last one's places.
+        """
         count = len(rows_R)
         if self._listed is not None and self._places is not None and count <= self._capacity:
             if self._used + count > self._room:
@@ -99,7 +109,7 @@ class Taps:
             if count:
                 assert self._every_place is not None
                 self._places[:count] = self._every_place[self._used : self._used + count]
-        self._armed, self._span = rows_R, span
+        self._armed, self._span, self._kept = rows_R, span, ({}, {})
 
     def passed(self) -> None:
         """The armed forward is through: its rows follow those of the forwards before it."""
@@ -115,7 +125,9 @@ class Taps:
             {i: self._written(sinks[i], count) for i in self._wanted & sinks.keys() if i not in found}
             for found, sinks in zip(kept, self._sinks, strict=True)
         ]
+        written = self._used + count if any(others) else 0
         self._empty()
+        self._forget(min(written, self._room))
         for found, other, rows in zip(kept, others, self._rows, strict=True):
             for index, own in (found | other).items():
                 rows.setdefault(index, []).append(own)
@@ -129,9 +141,8 @@ class Taps:
     def remove(self) -> None:
         """Take the hooks off and forget what they kept; those that are built in fall silent."""
         self._wanted = frozenset()
-        self._armed, self._kept, self._rows, self._used = None, ({}, {}), ({}, {}), 0
-        if self._places is not None:
-            self._places.fill_(self._room)
+        self._armed, self._used = None, 0
+        self._kept, self._rows = ({}, {}), ({}, {})
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -153,6 +164,8 @@ class Taps:
 
     def _forget(self, count: int) -> None:
         """Not numbers: rows that no graph wrote must not pass for captured ones."""
+        if not count:
+            return
         for sinks in self._sinks:
             for index in self._wanted & sinks.keys():
                 sinks[index][:count].fill_(torch.nan)

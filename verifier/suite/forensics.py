@@ -107,7 +107,7 @@ def render_forensics(found: Forensics) -> str:
     if found.slowdown is None:
         time = "no slowdown"
     elif found.interval is None:
-        time = f"{found.slowdown:.2f}×, interval unbounded"
+        time = f"{found.slowdown:.2f}×, no interval"
     else:
         time = f"{found.slowdown:.2f}×, 95 % {found.interval[0]:.2f} to {found.interval[1]:.2f}"
     return f"{found.config}: numbers {found.numbers} ({numbers}); time {found.time} ({time}); overlap {overlaps}"

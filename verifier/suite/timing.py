@@ -18,8 +18,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """How long a config's repetitions took. ``slowdown`` is the mean over the baseline's, with a 95 % interval.
 
     ``seconds`` are those of all repetitions, ``mean`` and ``variance`` of those that :func:`counted` leaves, and the slowdown is made of
-    those that :func:`compared` leaves; ``cold`` says that these are the first of each worker. The interval is Fieller's for a ratio of means of unequal variance, with Welch's degrees of freedom; None where there are
-    too few repetitions, or where it is unbounded.
+    those that :func:`compared` leaves; ``cold`` says that these are the first of each worker. The interval is Fieller's for a ratio of
+    means of unequal variance, with Welch's degrees of freedom; None where there are too few repetitions, or where it is unbounded.
     """
 
     config: str
@@ -39,17 +39,16 @@ def is_finished(job: Job, ended: Mapping[str, Entry]) -> bool:
 def timings(
     setting: Setting, experiment: Experiment, jobs: Sequence[Job], ended: Mapping[str, Entry]
 ) -> Iterator[Timing]:
-    """Every finished config of an experiment, prover by prover, its baseline first. Without a finished baseline there is no slowdown."""
+    """Every finished config of an experiment, prover by prover, its baseline first; none of a prover without one."""
     for prover in setting.suite.provers:
         found = jobs_of(experiment, jobs, prover.name)
-        base, base_job = found[0]
-        base_seconds = ended[base_job.id].wall_seconds if is_finished(base_job, ended) else ()
+        _, base_job = found[0]
         for variant, job in found:
-            if not is_finished(job, ended):
+            if not (is_finished(job, ended) and is_finished(base_job, ended)):
                 continue
             every, own = ended[job.id].wall_seconds, job is base_job
             seconds = counted(every, variant)
-            ours, theirs = compared(every, variant, base_seconds, base)
+            ours, theirs = compared(every, variant, ended[base_job.id].wall_seconds)
             yield Timing(
                 config=f"{prover.name}_{variant.name}",
                 seconds=every,
@@ -57,7 +56,7 @@ def timings(
                 variance=statistics.variance(seconds) if len(seconds) > 1 else 0.0,
                 slowdown=None if own or not any(theirs) else statistics.fmean(ours) / statistics.fmean(theirs),
                 interval=None if own else slowdown_interval(ours, theirs),
-                cold=variant.reload != base.reload,
+                cold=variant.reload,
             )
 
 
@@ -67,17 +66,13 @@ def counted(seconds: tuple[float, ...], variant: Variant) -> tuple[float, ...]:
 
 
 def compared(
-    seconds: tuple[float, ...], variant: Variant, base_seconds: tuple[float, ...], base: Variant
+    seconds: tuple[float, ...], variant: Variant, base_seconds: tuple[float, ...]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The repetitions of a config and of its baseline that a slowdown is made of: those counted, or where only one of the two had a
-    worker for each repetition, of both the first in each worker."""
-    if variant.reload == base.reload:
-        return counted(seconds, variant), counted(base_seconds, base)
-    return _first_in_worker(seconds, variant), _first_in_worker(base_seconds, base)
-
-
-def _first_in_worker(seconds: tuple[float, ...], variant: Variant) -> tuple[float, ...]:
-    return seconds if variant.reload else seconds[:1]
+    """The repetitions of a config and of its baseline that a slowdown is made of: those counted; of a config with a worker for each
+    repetition all of them, against the first of the baseline's one worker."""
+    if variant.reload:
+        return seconds, base_seconds[:1]
+    return counted(seconds, variant), counted(base_seconds, variant)
 
 
 def slowdown_interval(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fpforensics.common.engines.vllm_jobs import Job, Report, Task
+from fpforensics.common.errors import ReplayError
 from fpforensics.common.signals import Sampling
 
 torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
@@ -50,7 +51,10 @@ def task(number: int, prompt: int, new: int, kept: int) -> Task:
 Forward = tuple[Sequence[int], Sequence[int], Sequence[int]]  # tasks, starts, lengths
 
 
-def record(tasks: list[Task], forwards: Iterator[Forward], bad: int = -1, capture: bool = True) -> Report:
+def record(
+    tasks: list[Task], forwards: Iterator[Forward], bad: int = -1, capture: bool = True, lost: int = 0
+) -> Report:
+    """``bad``: the forward with a row that is no number; ``lost``: how many rows of the last one are not kept."""
     from fpforensics.common.engines.vllm_capture import Recorder
 
     taps = Rows()
@@ -62,6 +66,8 @@ def record(tasks: list[Task], forwards: Iterator[Forward], bad: int = -1, captur
         recorder.before_forward([f"r{number}-0" for number in numbers], np.array(starts), np.array(lengths))
         recorder.after_forward(torch.zeros(int(sum(lengths)), WIDTH))
         recorder.choose_tokens(torch.zeros(len(numbers), VOCABULARY))
+    if lost:
+        taps.kept[-1] = taps.kept[-1][lost:]
     return recorder.finish()
 
 
@@ -88,14 +94,48 @@ def test_a_prompts_last_token_alone_is_prefill_and_what_follows_is_not() -> None
     assert record([task(0, 3, 4, 1)], forwards()).phases == ["prefill", "decode"]
 
 
-def test_an_interruption_in_a_run_of_steps_is_no_evidence() -> None:
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("back", [((0,), (0,), (6,)), ((0,), (4,), (1,))])  # from the start; and one position alone
+def test_an_interruption_in_a_run_of_steps_is_no_evidence(back: Forward, capture: bool) -> None:
     def forwards() -> Iterator[Forward]:
         yield (0,), (0,), (4,)
         yield (0,), (4,), (1,)
         yield (0,), (5,), (1,)
-        yield (0,), (0,), (6,)  # computed again from the start
+        yield back
 
-    assert "ref_0 was interrupted at position 6" in record([task(0, 4, 8, 1)], forwards()).failed
+    one = task(0, 4, 8, 1)
+    if not capture:
+        one = msgspec.structs.replace(one, positions=one.positions[:0])
+    assert "ref_0 was interrupted at position 6" in record([one], forwards(), capture=capture).failed
+
+
+def test_steps_of_a_run_are_not_placed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fpforensics.common.engines.vllm_capture import Recorder
+
+    def forwards() -> Iterator[Forward]:
+        yield (0, 1), (0, 0), (4, 6)
+        for step in range(8):
+            yield (0, 1), (4 + step, 6 + step), (1, 1)
+
+    placed: list[int] = []
+    plain = Recorder._placed
+    monkeypatch.setattr(
+        Recorder, "_placed", lambda self, ids, *rest: placed.append(len(ids)) or plain(self, ids, *rest)
+    )
+    both = [task(0, 4, 10, 1), task(1, 6, 10, 1)]
+    record(both, forwards())
+    assert placed == [2, 2]  # the prompts, and the first step
+    record([msgspec.structs.replace(each, positions=each.positions[:0]) for each in both], forwards(), capture=False)
+    assert placed == [2, 2, 2, 2]
+
+
+def test_a_row_that_was_not_kept_is_noticed() -> None:
+    def forwards() -> Iterator[Forward]:
+        yield (0,), (0,), (4,)
+        yield (0,), (4,), (1,)
+
+    with pytest.raises(ReplayError, match="2 rows were kept of 3"):
+        record([task(0, 4, 3, 2)], forwards(), lost=1)
 
 
 def test_a_row_that_is_no_number_is_noticed() -> None:

@@ -94,13 +94,13 @@ def test_more_steps_than_the_buffer_holds_are_kept_in_order() -> None:
     import torch
     from torch import nn
 
-    from fpforensics.common.engines.vllm_taps import _LEAST_ROWS, Taps
+    from fpforensics.common.engines.vllm_taps import _ROWS, Taps
 
     block = nn.Linear(2, 2)
     taps = Taps([block])
     taps.build_in(4, 2, torch.float32, torch.device("cpu"))
     taps.plant([0])
-    steady, steps = torch.tensor([0, 1, 2]), _LEAST_ROWS
+    steady, steps = torch.tensor([0, 1, 2]), _ROWS
     for step in range(steps):
         rows = torch.full((4, 2), float(step)) + torch.arange(4.0)[:, None] / 8
         taps.arm(steady, slice(0, 3))
@@ -115,6 +115,83 @@ def test_more_steps_than_the_buffer_holds_are_kept_in_order() -> None:
     taps.arm(steady, slice(0, 3))
     taps.passed()
     assert torch.isnan(taps.collect()[0][0][0]).all()  # the last job's rows are gone
+
+    taps.arm(torch.arange(5))  # more rows than any graph computes
+    taps.passed()
+    (rows,) = taps.collect()[0][0]
+    assert rows.shape == (5, 2) and torch.isnan(rows).all()
+
+
+def test_what_no_job_asked_for_changes_nothing() -> None:
+    """Forwards without a job, before, between and after; and a step of which a graph computed only a part."""
+    import torch
+    from torch import nn
+
+    from fpforensics.common.engines.vllm_taps import Taps
+
+    class Block(nn.Linear):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows
+
+    blocks = [Block(2, 2), Block(2, 2)]
+    taps = Taps(blocks)
+    taps.build_in(4, 2, torch.float32, torch.device("cpu"))
+    rows = torch.arange(8.0).reshape(4, 2)
+
+    def graph(index: int, plus: float) -> None:
+        taps.copy(blocks[index].evidence_rows, rows + plus, None)
+
+    taps.plant([0, 1])
+    taps.arm(torch.tensor([1]))
+    for index in (0, 1):
+        graph(index, 1)
+    taps.passed()
+    with torch.no_grad():
+        blocks[0](rows + 50)  # not armed: nothing of it is kept, now or with the next step
+    taps.arm(torch.tensor([2]))
+    with torch.no_grad():
+        blocks[0](rows + 2)
+    graph(1, 2)  # the other block was in a graph
+    taps.passed()
+    for _ in range(2):
+        taps.arm(torch.tensor([3]))
+        taps.passed()  # nothing ran
+    with torch.no_grad():
+        blocks[0](rows + 60)
+    taps.arm(torch.tensor([3]))
+    for index in (0, 1):
+        graph(index, 3)
+    taps.passed()
+    hidden, _ = taps.collect()
+    for found in hidden.values():
+        assert torch.equal(torch.cat(found)[[0, 1, 4]], torch.stack([rows[1] + 1, rows[2] + 2, rows[3] + 3]))
+        assert len(torch.cat(found)) == 5 and torch.isnan(torch.cat(found)[2:4]).all()
+
+    taps.arm(torch.tensor([0, 1]))
+    taps.remove()  # in the middle of a job
+    for index in (0, 1):
+        graph(index, 70)
+    taps.plant([1])
+    taps.arm(torch.tensor([3]))
+    taps.passed()
+    assert torch.isnan(torch.cat(taps.collect()[0][1])).all()
+
+
+def test_the_buffer_is_no_larger_than_it_need_be() -> None:
+    import torch
+    from torch import nn
+
+    from fpforensics.common.engines.vllm_taps import Taps
+
+    def rows(capacity: int, width: int, blocks: int = 1) -> int:
+        every = [nn.Linear(1, 1, device="meta") for _ in range(blocks)]
+        Taps(every).build_in(capacity, width, torch.bfloat16, torch.device("meta"))
+        return len(every[0].evidence_rows)
+
+    assert rows(0, 8) == 2  # no graphs: nothing is ever written to it
+    assert rows(2, 8) == 513
+    assert rows(600, 8) == 601
+    assert rows(2, 8192, 80) == 205  # 256 MiB in all
 
 
 @pytest.mark.parametrize("named", [False, True])

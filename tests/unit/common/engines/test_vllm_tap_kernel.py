@@ -35,6 +35,12 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             expected = rows[[3, 5, 0]] if other is None else rows[[3, 5, 0]] + more[[3, 5, 0]]
             assert torch.equal(sink[[0, 2, 3]], expected), (dtype, width, other is None)
             assert torch.isnan(sink[[1, 4]]).all()  # nobody's place, and the place for what nobody wants
+        try:
+            copy_rows(sink.to(torch.int16), rows, None, listed, places)
+        except TypeError as error:
+            assert "unrounded" in str(error)
+        else:
+            raise AssertionError("rows of another dtype went in")
 """
 
 
@@ -93,7 +99,7 @@ def test_a_cuda_graph_keeps_the_rows_of_each_replay(dtype: str) -> None:
                     block(static)
             graphs[size] = graph, static
         taps.plant([0, 2])
-        expected: dict[str, list[torch.Tensor]] = {"hidden": [], "keys": []}
+        expected: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {0: ([], []), 2: ([], [])}
         steady = torch.arange(3, device="cuda")
         for step in range(700):  # more rows than the buffer holds
             size = 8 if step % 50 == 0 else 4
@@ -101,12 +107,18 @@ def test_a_cuda_graph_keeps_the_rows_of_each_replay(dtype: str) -> None:
             graph, static = graphs[size]
             static.copy_(torch.randn(size, 256, device="cuda"))
             taps.arm(wanted, None if size == 8 else slice(0, 3))
-            graph.replay()
+            if step % 30 == 7:
+                for block in blocks:
+                    block(static)  # and steps without a graph between them
+            else:
+                graph.replay()
             taps.passed()
-            query, key, _ = blocks[2].qkv(static).split([256, 128, 128], dim=-1)
-            expected["hidden"].append((query + 1 + static)[wanted])
-            expected["keys"].append(key[wanted])
+            for index, (states, own) in expected.items():
+                query, key, _ = blocks[index].qkv(static).split([256, 128, 128], dim=-1)
+                states.append((query + 1 + static)[wanted])
+                own.append(key[wanted])
         hidden, keys = taps.collect()
     assert set(hidden) == set(keys) == {0, 2}
-    assert torch.equal(torch.cat(hidden[2]), torch.cat(expected["hidden"]))
-    assert torch.equal(torch.cat(keys[2]), torch.cat(expected["keys"]))
+    for index, (states, own) in expected.items():
+        assert torch.equal(torch.cat(hidden[index]), torch.cat(states))
+        assert torch.equal(torch.cat(keys[index]), torch.cat(own))
