@@ -173,7 +173,7 @@ def ask(prover: str, verifier: str, name: str, config: str, *options: object) ->
         say(f"  - {reason}")
     for score in row["scores"]:
         floors = "no usable noise floor" if score["floors"] is None else f"{score['floors']:10.2f} noise floors"
-        say(f"  {score['id']:<40} {floors}  {'fits' if score['fits'] else 'contradicts'}")
+        say(f"  {score['id']:<40} {floors}  {'claim true' if score['fits'] else 'claim false'}")
     return str(result["verdict"])
 
 

@@ -84,7 +84,9 @@ def by_limits(
             f"layers, limit {MAX_FLOORS:g}",
             *_better(claimed, contradicting),
         )
-    resting = f"{number(d_in)} noise floors from {fitting[0].id} over all layers, within the limit of {MAX_FLOORS:g}"
+    resting = (
+        f"{number(d_in)} noise floors from {fitting[0].id} over all layers, within the fixed limit of {MAX_FLOORS:g}"
+    )
     # 4.
     if not contradicting:
         if identity_only:

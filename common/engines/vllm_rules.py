@@ -52,7 +52,8 @@ def check_combination(config: ExecutionConfig) -> None:
     quantization = config.quantization
     if not is_vllm_attention(config.attention):
         raise UsageError(
-            f"attn={config.attention} is not one of backend vllm's", "use attn=auto, vllm_flash_attn_3, vllm_triton, …"
+            f"attn={config.attention} is not one of backend vllm's",
+            "use attn=auto, vllm_flash_attn_3, vllm_triton, …; on a CPU vllm_cpu",
         )
     if config.dtype == "fp64":
         raise UsageError("backend vllm does not compute in fp64", "use dtype=fp32, or backend=transformers")

@@ -40,7 +40,7 @@ def cli() -> None:
     """Check how a model was really run: replay signed evidence on this hardware and say which configs it fits.
 
     \b
-    verifier check bundle.msgpack --key prover.key.pub --claim quant=awq
+    verifier check bundle.msgpack --key prover.key.pub --claim quant=none
     verifier session --prover 127.0.0.1:7341 --key prover.key.pub -o bundle.msgpack --claim attn=sdpa
     verifier verdicts list --server 127.0.0.1:7342 --key verifier.key.pub
     """

@@ -92,11 +92,11 @@ def _scores(row: RowVerdict) -> Iterator[str]:
     if row.calibration:
         yield f"  {calibrated(row)}"
     odds = f"{'p, early layers':>17}" if row.calibration else ""
-    yield f"  {'Member':<{side}}{'Claim':>13}{'Noise floors, all layers':>26}{'Nearest in':>12}{odds}"
+    yield f"  {'Member':<{side}}{'Claim true?':>13}{'Noise floors, all layers':>26}{'Nearest in':>12}{odds}"
     for score in row.scores:
         amount = "identical" if score.bit_identical else floors(score.floors)
         share = f"{score.nearest_in} of {row.references}"
-        fits = "fits" if score.fits else "contradicts"
+        fits = "yes" if score.fits else "no"
         odds = f"{p_value(score):>17}" if row.calibration else ""
         yield f"  {score.id:<{side}}{fits:>13}{amount:>26}{share:>12}{odds}"
 
