@@ -3,9 +3,9 @@
     python bench/vllm_capture.py [--model smollm2-135m | --shape 1b] [--config compile=true,graphs=true] [--prompt 256] [--new 64]
         [--batch 1 32] [--repetitions 3] [--bare] [--profile]
 
-One engine for each batch size, in this process. Repetitions are interleaved, and each begins with another one of the things measured. ``--batch N`` above 1 runs N
-references together (``batch=auto``), all of them captured. The replay is a prefill replay of the same tokens. ``--shape 1b``
-takes random weights of the shape of Llama 3.2 1B. *vLLM alone* picks its own greedy tokens; *off* is what costs are held against: the
+One engine for each batch size, in this process. Repetitions are interleaved, and each begins with another one of the things measured.
+``--batch N`` above 1 runs N references together (``batch=auto``), all of them captured. The replay is a prefill replay of the same
+tokens. ``--shape 1b`` takes random weights of the shape of Llama 3.2 1B. *vLLM alone* picks its own greedy tokens; *off* is what costs are held against: the
 median of the repetitions' own ratios, with its 95 % interval from order statistics (of 6 or more). With ``--bare`` nothing but vLLM alone
 runs, and under CUDA graphs without our operators in the model's graph, which are in it whether anything is captured or not.
 
