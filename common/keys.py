@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fpforensics.common.errors import SignatureError, UsageError
 
 SUFFIX = ".pub"
+_NO_OVERWRITING = "keys are never overwritten: use what is there, or choose another name"
 _MAX_PEM_BYTES = 16 * 1024
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -141,8 +142,10 @@ def generate(path: Path) -> PublicKey:
     Nothing is overwritten: raises :class:`UsageError` if either file exists or the folder cannot be written.
     """
     key = PrivateKey.fresh()
-    if public_path(path).exists():  # before the private half exists, not after
-        raise UsageError(f"{public_path(path)} exists already", "keys are never overwritten: choose another name")
+    there = [each for each in (path, public_path(path)) if each.exists()]
+    if there:  # before either is made, not after
+        verb = "exist" if len(there) > 1 else "exists"
+        raise UsageError(f"{' and '.join(map(str, there))} {verb} already", _NO_OVERWRITING)
     _create(path, key.pem(), 0o600)
     try:
         _create(public_path(path), key.public.pem(), 0o644)
@@ -194,7 +197,7 @@ def _create(path: Path, data: bytes, mode: int) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError:
-        raise UsageError(f"{path} exists already", "keys are never overwritten: choose another name") from None
+        raise UsageError(f"{path} exists already", _NO_OVERWRITING) from None
     except OSError as error:
         raise UsageError(
             f"cannot write key {path}: {error.strerror}", "choose a folder that you can write to"

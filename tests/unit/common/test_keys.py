@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -51,10 +52,19 @@ def test_a_signature_fits_one_key_and_one_message(message: bytes, other: bytes) 
 @pytest.mark.parametrize("existing", ["prover.key", "prover.key.pub"])
 def test_nothing_is_overwritten_and_nothing_half_made_is_left(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("mine")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match=f"^{re.escape(str(tmp_path / existing))} exists already"):
         generate(tmp_path / "prover.key")
     assert [path.name for path in tmp_path.iterdir()] == [existing]
     assert (tmp_path / existing).read_text() == "mine"
+
+
+def test_a_second_key_of_one_name_is_refused_by_both_files(tmp_path: Path) -> None:
+    path = tmp_path / "prover.key"
+    first = generate(path)
+    with pytest.raises(UsageError) as caught:
+        generate(path)
+    assert caught.value.message == f"{path} and {path}.pub exist already" and "use what is there" in caught.value.hint
+    assert load_public(public_path(path)) == first
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660, 0o610])
