@@ -83,7 +83,7 @@ def watch(
 @click.option("--json", "as_json", is_flag=True, help="Print the statement as JSON.")
 @_key_option
 def verify(path: Path, keys: tuple[Path, ...], as_json: bool) -> None:
-    """Check a verdict file's signature and print it."""
+    """Check a verdict file's signature, say whose it is, and print the verdict. Exit code 4: the signature does not hold."""
     from fpforensics.common.keys import Keyring
     from fpforensics.verifier.verdict import MAX_ENVELOPE_BYTES, open_verdict
 
@@ -129,8 +129,9 @@ def _print(verdict: VerifiedVerdict, as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(verdict.statement)))
         return
     said = verdict.predicate
-    click.echo(text.render(said.result))
+    click.echo(f"✓ The signature holds: by the verifier's key {verdict.signer.keyid}")
     click.echo(
-        f"\nVerdict {said.verdict_id} of {said.issued_at}, signed by {verdict.signer.keyid[:16]}…; "
+        f"Verdict {said.verdict_id} of {said.issued_at}; "
         + ("the bundle answered a fresh challenge" if said.challenged else "nobody challenged: the bundle may be old")
     )
+    click.echo(text.render(said.result), nl=False)

@@ -46,8 +46,14 @@ def one_line(result: CheckResult) -> str:
     """The verdict and the reasons for it, of the rows that decided; cleaned, without a newline."""
     deciding = [row for row in result.rows if row.verdict == result.verdict]
     several = len(result.rows) > 1
-    said = [f"{row.config_id}: " * several + "; ".join(row.reasons) for row in deciding]
+    said = [f"{row.config_id}: " * several + "; ".join((*row.reasons, *_no_rate(row))) for row in deciding]
     return clean(f"{_SIGN[result.verdict]} {result.verdict}: {' | '.join(said)}", _LONGEST_LINE)
+
+
+def _no_rate(row: RowVerdict) -> Iterator[str]:
+    """That nobody knows how often the limits that decided are wrong; where bits decided, no limit did."""
+    if not row.calibration and not row.equality:
+        yield "by fixed limits: no error rate is known"
 
 
 def _report(result: CheckResult) -> Iterator[str]:

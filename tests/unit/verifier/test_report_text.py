@@ -52,11 +52,15 @@ def test_text_begins_with_what_a_reader_came_for() -> None:
 def test_one_line_holds_the_verdict_and_its_reasons() -> None:
     caught = sample(true="quant=bnb-nf4")
     line = text.one_line(caught)
-    assert line == f"✗ INCONSISTENT: {'; '.join(caught.rows[0].reasons)}"
+    rate = "by fixed limits: no error rate is known"
+    assert line == f"✗ INCONSISTENT: {'; '.join(caught.rows[0].reasons)}; {rate}"
     several = msgspec.structs.replace(
         caught, rows=(msgspec.structs.replace(caught.rows[0], config_id="other", verdict="CONSISTENT"), *caught.rows)
     )
-    assert text.one_line(several) == f"✗ INCONSISTENT: {SPECS[0]}: {'; '.join(caught.rows[0].reasons)}"
+    assert text.one_line(several) == f"✗ INCONSISTENT: {SPECS[0]}: {'; '.join(caught.rows[0].reasons)}; {rate}"
+    for given in ({"calibration": "h100-cpu-1", "alpha": 0.01}, {"equality": True}):
+        row = msgspec.structs.replace(caught.rows[0], **given)
+        assert "error rate" not in text.one_line(msgspec.structs.replace(caught, rows=(row,)))
     hostile = text.one_line(hostile_sample())
     assert hostile.isprintable()
 

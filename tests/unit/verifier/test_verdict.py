@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rpc_world import PROVER_KEY, STRANGER_KEY, VERIFIER_KEY, result_about, write_bundle
@@ -20,6 +21,7 @@ from fpforensics.common.evidence import EVIDENCE_TYPE, PAYLOAD_TYPE, VERDICT_TYP
 from fpforensics.common.keys import Keyring
 from fpforensics.common.signals import PHASES
 from fpforensics.verifier.check import CheckPlan
+from fpforensics.verifier.cli import cli
 from fpforensics.verifier.distance import Cell
 from fpforensics.verifier.intake import open_bundle
 from fpforensics.verifier.matrix import Measurement, build_matrices
@@ -48,6 +50,23 @@ def test_what_was_signed_is_what_is_read() -> None:
     opened = open_verdict(dsse.to_json(envelope), KEYRING)
     assert opened.statement == statement
     assert opened.signer == VERIFIER_KEY.public
+
+
+def test_verify_says_first_whose_the_signature_is(tmp_path: Path) -> None:
+    for name, key in (("verifier", VERIFIER_KEY), ("stranger", STRANGER_KEY)):
+        (tmp_path / f"{name}.pub").write_bytes(key.public.pem())
+    path = tmp_path / "verdict.json"
+    path.write_bytes(dsse.to_json(sign_verdict(result_about(DIGEST), VERIFIER_KEY, True)))
+
+    def verify(key: str) -> Result:
+        return CliRunner().invoke(cli, ["verdicts", "verify", str(path), "--key", str(tmp_path / f"{key}.pub")])
+
+    said = verify("verifier").stdout.splitlines()
+    assert said[0] == f"✓ The signature holds: by the verifier's key {VERIFIER_KEY.keyid}"
+    assert said[1].endswith("the bundle answered a fresh challenge") and "VERDICT" in said
+    refused = verify("stranger")
+    assert isinstance(refused.exception, SignatureError)  # main() prints it, exit code 4
+    assert "holds" not in refused.output and "VERDICT" not in refused.output
 
 
 def test_each_verdict_has_an_id_of_its_own() -> None:
