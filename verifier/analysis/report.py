@@ -17,11 +17,13 @@ from fpforensics.verifier.analysis.result import (
     SIDES,
     About,
     Analysis,
+    Asked,
     CellAnalysis,
     Comparison,
     Diverged,
     PairAnalysis,
     Side,
+    Unanswered,
 )
 from fpforensics.verifier.distance import POOLED, Cell, Floats
 from fpforensics.verifier.matrix import DistanceMatrix, Ratio, Table, kernel_classes, labels, mean, ratio
@@ -80,6 +82,11 @@ def _cell(
     apart = _mean_or_none(meant := matrix.off_diagonal(by_key) if by_key else every)
     snr, meaningful = (ratio(signal, matrix.diagonal_mean) for signal in (off_diagonal, apart))
     baseline, within, across = _questions(measured, everyone)
+    answers: dict[Asked, tuple[Comparison, ...]] = {
+        "cross_hardware_baseline": baseline,
+        "within_hardware": within,
+        "across_hardware": across,
+    }
     return CellAnalysis(
         about=about,
         configs=matrix.rows,
@@ -106,6 +113,7 @@ def _cell(
         diverged=_diverged_in(measured, rows, columns) if cell.phase == "decode" else (),
         not_compared=not_compared(measured, [Cell(cell.phase, cell.signal, layer) for layer in per_layer] or [cell]),
         uncompared=_count_uncompared(measured, cell, rows, columns),
+        unanswered=tuple(_unanswered(measured, cell, [name for name, found in answers.items() if not found])),
         per_layer=per_layer,
     )
 
@@ -190,28 +198,20 @@ def _both(one: bool | None, other: bool | None) -> bool | None:
 def _questions(
     measured: Measurements, everyone: Floats
 ) -> tuple[tuple[Comparison, ...], tuple[Comparison, ...], tuple[Comparison, ...]]:
-    """The plan's questions 2 to 4: across machines with one value, within a machine, across both.
-
-    As in the plan's sketch, another value is compared with that of the machine's first config.
-    """
-    baseline: list[Comparison] = []
-    within: list[Comparison] = []
-    across: list[Comparison] = []
+    """The plan's questions 2 to 4: across machines with one value, within a machine, across both."""
+    found: dict[Asked, list[Comparison]] = {
+        "cross_hardware_baseline": [],
+        "within_hardware": [],
+        "across_hardware": [],
+    }
     entries = everyone.tolist()
-    first = {each.machine: index for index, each in reversed(list(enumerate(measured.members)))}
-    for (i, ours), (j, theirs) in combinations(enumerate(measured.members), 2):
-        of_first = first[ours.machine] == i
-        if ours.machine == theirs.machine:
-            answers = within if of_first else None
-        elif ours.value == theirs.value:
-            answers = baseline
-        else:
-            answers = across if of_first or first[theirs.machine] == j else None
+    for question, i, j in _asked(measured.members):
+        ours, theirs = measured.members[i], measured.members[j]
         # Between two experiments only the claimed one has claims; within one, both directions count.
         both = (entries[i][j],) if ours.side != theirs.side else (entries[i][j], entries[j][i])
         directions = [value for value in both if not math.isnan(value)]
-        if answers is not None and directions:
-            answers.append(
+        if directions:
+            found[question].append(
                 Comparison(
                     configs=(ours.id, theirs.id),
                     hardware=(ours.configuration.hardware, theirs.configuration.hardware),
@@ -220,8 +220,39 @@ def _questions(
                     distance=mean(directions),
                 )
             )
+    baseline, within, across = found.values()
     noise = _mean_or_none([each.distance for each in baseline])
     return tuple(baseline), _with_snr(within, noise), _with_snr(across, noise)
+
+
+def _asked(members: Sequence[Member]) -> Iterator[tuple[Asked, int, int]]:
+    """The pairs that answer each question.
+
+    As in the plan's sketch, another value is compared with that of the machine's first config.
+    """
+    first = {each.machine: index for index, each in reversed(list(enumerate(members)))}
+    for (i, ours), (j, theirs) in combinations(enumerate(members), 2):
+        of_first = first[ours.machine] == i
+        if ours.machine == theirs.machine:
+            if of_first:
+                yield "within_hardware", i, j
+        elif ours.value == theirs.value:
+            yield "cross_hardware_baseline", i, j
+        elif of_first or first[theirs.machine] == j:
+            yield "across_hardware", i, j
+
+
+def _unanswered(measured: Measurements, cell: Cell, questions: Sequence[Asked]) -> Iterator[Unanswered]:
+    for question in questions:
+        pairs = {(i, j) for asked, i, j in _asked(measured.members) if asked == question}
+        apart = [(i, j, each.step) for i, j, each in measured.diverged if (i, j) in pairs and cell.phase == "decode"]
+        if pairs:
+            yield Unanswered(
+                question=question,
+                pairs=len(pairs),
+                diverged=len({(i, j) for i, j, _ in apart}),
+                step=min((step for _, _, step in apart), default=None),
+            )
 
 
 def _diverged_in(measured: Measurements, rows: list[int], columns: list[int]) -> tuple[Diverged, ...]:

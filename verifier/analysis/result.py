@@ -80,6 +80,23 @@ class Diverged(msgspec.Struct, frozen=True, kw_only=True):
     step: int
 
 
+Asked = Literal["cross_hardware_baseline", "within_hardware", "across_hardware"]
+"""The plan's questions that pairs of configs answer, by the fields of :class:`CellAnalysis` that hold the answers."""
+
+
+class Unanswered(msgspec.Struct, frozen=True, kw_only=True):
+    """A question that has pairs of configs and no distance between any two of them.
+
+    ``diverged`` counts the pairs whose tokens differ somewhere, from ``step`` on where that is earliest. 0: something else is
+    missing, which ``not_compared`` and ``uncompared`` say.
+    """
+
+    question: Asked
+    pairs: int
+    diverged: int = 0
+    step: int | None = None
+
+
 class NotCompared(msgspec.Struct, frozen=True, kw_only=True):
     """What one side has and means leave out, or what it lacks. ``references`` are all of them if empty, ``config`` is every one if empty.
 
@@ -100,7 +117,7 @@ class CellAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     ``snr_meaningful`` leaves out pairs within a kernel class; ``kernel_class_sides`` says for each class which experiments
     hold it. ``reproducible`` is None for a config with one repetition of which the document says nothing; an id of both
     experiments is reproducible if it is in both. ``within_hardware`` holds the distances from each machine's first config
-    to its others. ``uncompared`` counts the positions where none of the canonical ids was listed on both sides.
+    to its others, ``unanswered`` why there is none where there could be. ``uncompared`` counts the positions where none of the canonical ids was listed on both sides.
     """
 
     about: About
@@ -128,6 +145,7 @@ class CellAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     diverged: tuple[Diverged, ...]
     not_compared: tuple[NotCompared, ...]
     uncompared: int
+    unanswered: tuple[Unanswered, ...]
     per_layer: dict[str, CellAnalysis]
 
 

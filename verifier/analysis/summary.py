@@ -10,7 +10,7 @@ import numpy as np
 from fpforensics.common.errors import Error
 from fpforensics.common.lab.reader import Experiment
 from fpforensics.common.signals import Phase, Signal
-from fpforensics.verifier.analysis.result import Analysis
+from fpforensics.verifier.analysis.result import Analysis, CellAnalysis
 from fpforensics.verifier.matrix import Ratio, labels, ratio
 
 
@@ -19,8 +19,9 @@ class SummaryRow(msgspec.Struct, frozen=True, kw_only=True):
 
     ``baseline_l2`` is the mean distance between machines that do the same, ``max_signal_l2`` the largest distance
     from the first config of a machine to another one on it (the plan's sketch looks at no other pairs),
-    ``detectability`` Strong, Moderate, Weak or Not Detectable, or empty without a baseline. Of a file that could not
-    be analyzed there is one row, with nothing but ``file`` and ``error``.
+    ``detectability`` Strong, Moderate, Weak or Not Detectable, or empty without a baseline. ``unmeasured`` is why one of the
+    two is None although there are configs that could be compared, or empty. Of a file that could not be analyzed there is
+    one row, with nothing but ``file`` and ``error``.
     """
 
     file: str
@@ -34,6 +35,7 @@ class SummaryRow(msgspec.Struct, frozen=True, kw_only=True):
     snr: float | None = None
     snr_infinite: bool = False
     detectability: str = ""
+    unmeasured: str = ""
     error: str = ""
 
 
@@ -58,7 +60,17 @@ def summarize(experiment: Experiment, analysis: Analysis, file: str = "") -> Ite
                 snr=snr.value,
                 snr_infinite=snr.infinite,
                 detectability=labels(snr)[1],
+                unmeasured=_unmeasured(cell),
             )
+
+
+def _unmeasured(cell: CellAnalysis) -> str:
+    steps = [
+        each.step
+        for each in cell.unanswered
+        if each.step is not None and each.question in ("within_hardware", "cross_hardware_baseline")
+    ]
+    return f"tokens diverged from step {min(steps)} on" if steps else ""
 
 
 def failed(file: str, error: Error) -> SummaryRow:

@@ -140,7 +140,7 @@ def _questions(study: Study, phase: Phase) -> Iterator[str]:
         yield from ("", f"{number}. {question.title}")
         for signal, cell in study.analysis[phase].items():
             comparisons = question.comparisons(cell)
-            missing = "" if comparisons else f" — not measured, needs {question.unanswered}"
+            missing = "" if comparisons else f" — {question.unanswered(cell)}"
             yield from ("", f"{SIGNAL_TITLES[signal]}:{missing}")
             yield from _answer(comparisons, study.two)
 
@@ -177,4 +177,4 @@ def _measured(row: SummaryRow) -> tuple[str, ...]:
 
 def _figures(row: SummaryRow) -> tuple[str, str, str, str]:
     baseline, largest = figure(row.baseline_l2), figure(row.max_signal_l2)
-    return baseline, largest, snr(row.snr, row.snr_infinite), row.detectability or "—"
+    return baseline, largest, snr(row.snr, row.snr_infinite), row.detectability or row.unmeasured or "—"

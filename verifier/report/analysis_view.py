@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -13,10 +13,17 @@ from fpforensics.common.words import counted
 from fpforensics.verifier.analysis import Analysis, CellAnalysis
 from fpforensics.verifier.analysis.environment import FieldComparison, Kind, compare_configurations
 from fpforensics.verifier.analysis.measure import Member
-from fpforensics.verifier.analysis.result import SIDES, Comparison, Diverged, PairAnalysis
+from fpforensics.verifier.analysis.result import SIDES, Asked, Comparison, Diverged, PairAnalysis
 from fpforensics.verifier.analysis.summary import SummaryRow, summarize
 from fpforensics.verifier.report import SIGNAL_TITLES
-from fpforensics.verifier.report.analysis_words import in_signals, left_out, name_of, summary_terms, value_of
+from fpforensics.verifier.report.analysis_words import (
+    in_signals,
+    left_out,
+    name_of,
+    summary_terms,
+    unanswered,
+    value_of,
+)
 
 _KINDS: tuple[tuple[Kind, str], ...] = (
     ("experiment", "Experiment"),
@@ -48,11 +55,20 @@ class Side:
 
 @dataclass(frozen=True)
 class Question:
-    """One of the plan's questions that pairs of configs answer; ``unanswered`` says what an answer needs."""
+    """One of the plan's questions that pairs of configs answer; ``needs`` are those that an answer takes."""
 
     title: str
-    unanswered: str
-    comparisons: Callable[[CellAnalysis], tuple[Comparison, ...]]
+    needs: str
+    name: Asked
+
+    def comparisons(self, cell: CellAnalysis) -> tuple[Comparison, ...]:
+        """The answers."""
+        answers: tuple[Comparison, ...] = getattr(cell, self.name)
+        return answers
+
+    def unanswered(self, cell: CellAnalysis) -> str:
+        """Why there is no answer: there are no such configs, or no distance between those that there are."""
+        return unanswered(next((each for each in cell.unanswered if each.question == self.name), None), self.needs)
 
 
 @dataclass(frozen=True)
@@ -221,17 +237,17 @@ class Study:
             Question(
                 f"How far apart is other hardware with the same {self.variable}? (the baseline)",
                 f"one {self.variable} on two machines",
-                lambda cell: cell.cross_hardware_baseline,
+                "cross_hardware_baseline",
             ),
             Question(
                 f"Is another {self.variable} seen within one hardware? (against its first config)",
                 f"two values of {self.variable} on one machine",
-                lambda cell: cell.within_hardware,
+                "within_hardware",
             ),
             Question(
                 f"Is another {self.variable} seen across hardware? (against the other one's first config)",
                 f"two values of {self.variable}, each on another machine",
-                lambda cell: cell.across_hardware,
+                "across_hardware",
             ),
         )
 

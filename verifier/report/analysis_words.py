@@ -7,8 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fpforensics.common.lab.run import Configuration
 from fpforensics.common.signals import Signal
+from fpforensics.common.words import counted
 from fpforensics.verifier.analysis.measure import Member
-from fpforensics.verifier.analysis.result import About, CellAnalysis, Comparison, Diverged, NotCompared, Side
+from fpforensics.verifier.analysis.result import (
+    About,
+    CellAnalysis,
+    Comparison,
+    Diverged,
+    NotCompared,
+    Side,
+    Unanswered,
+)
 from fpforensics.verifier.report import SIGNAL_TITLES, clean, fixed
 
 _LONGEST_NAME = 80
@@ -68,6 +77,18 @@ def diverged(each: Diverged, two: bool) -> str:
     """Why two runs have no decode distance."""
     one, other = of_side(each.configs[0], "claimed", two), of_side(each.configs[1], "observed", two)
     return f"{one} and {other} diverged at step {each.step} on {name_of(each.reference)}: no decode distance"
+
+
+def unanswered(each: Unanswered | None, needs: str) -> str:
+    """Why a question has no answer; None where no two configs could give one."""
+    if each is None:
+        return f"not measured, needs {needs}"
+    if each.step is None:
+        return f"not measured between the {counted(each.pairs, 'pair')} that could answer it: see what was not compared"
+    return (
+        f"no decode distance, for the tokens diverged, from step {each.step} on at the earliest "
+        f"({each.diverged} of {counted(each.pairs, 'pair')})"
+    )
 
 
 def classes(cell: CellAnalysis) -> str:

@@ -10,6 +10,7 @@ from fpforensics.verifier.analysis import Analysis
 from fpforensics.verifier.analysis.environment import FieldComparison
 from fpforensics.verifier.matrix import MatrixReport, PairSnr, Table
 from fpforensics.verifier.report import SIGNAL_TITLES, headline, layers
+from fpforensics.verifier.report.analysis_words import diverged
 from fpforensics.verifier.report.pages import Heat, heat_rows, render_page
 from fpforensics.verifier.suite.files import ExperimentReport, Written
 from fpforensics.verifier.suite.forensics import TOLERANCE
@@ -38,6 +39,7 @@ def render(suite: Suite, written: Written, files: Sequence[str]) -> str:
         marks=MARKS,
         tolerance=TOLERANCE,
         own_maps=lambda name, phase: list(_own_maps(written.analyses.get(name, {}), phase)),
+        diverged_of=lambda name, phase: _diverged(written.analyses.get(name, {}), phase),
         matrix_maps=lambda matrices, phase: [
             Map(SIGNAL_TITLES[each.signal], each.columns, _heat(each.rows, each.columns, each.aggregate))
             for each in headline(matrices, phase)
@@ -54,6 +56,12 @@ def _own_maps(analysis: Analysis, phase: Phase) -> Iterator[Map]:
     """What one machine measured of itself: distances between its configs."""
     for signal, cell in analysis.get(phase, {}).items():
         yield Map(SIGNAL_TITLES[signal], cell.configs, _heat(cell.configs, cell.observed_configs, cell.matrix))
+
+
+def _diverged(analysis: Analysis, phase: Phase) -> list[str]:
+    """The runs of one machine that have no decode distance, whatever the signal."""
+    found = dict.fromkeys(each for cell in analysis.get(phase, {}).values() for each in cell.diverged)
+    return [diverged(each, two=False) for each in found]
 
 
 def _own_layers(analysis: Analysis, phase: Phase) -> Iterator[tuple[str, str, float | None, float | None]]:

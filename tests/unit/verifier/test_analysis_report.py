@@ -104,6 +104,35 @@ def test_one_file_is_told_whole(tmp_path: Path) -> None:
     assert "—" in shown
 
 
+def test_a_question_says_that_tokens_diverged(tmp_path: Path) -> None:
+    """There are two values on one machine: to say that they are needed would be untrue."""
+
+    def run(name: str, token: int, logprob: float) -> Run:
+        signals = RunSignals(ranked({1: logprob}))
+        return Run(RunInfo(0, name, "ref_0", 0, tokens=(token,)), {"prefill": signals, "decode": signals})
+
+    configurations = [config("A_1", "A", "sdpa"), config("A_2", "A", "eager")]
+    runs = [run("A_1", 5, -1.0), run("A_2", 6, -1.5)]
+    text, page = rendered(write(tmp_path / "a.json", configurations, runs))
+    said = "no decode distance, for the tokens diverged, from step 0 on at the earliest (1 of 1 pair)"
+    decode = after(text.splitlines(), "FOUR QUESTIONS (DECODE)")
+    assert f"Logprobs: — {said}" in decode and f"Logprobs: {said}." in Page(page).text
+    assert "needs two values of quant_method on one machine" not in text + page
+    # Where it is so, it is still said what an answer needs.
+    assert "Logprobs: — not measured, needs one quant_method on two machines" in decode
+    rows = [line for line in text.splitlines() if line.startswith("quantization ")]
+    assert [line.split("  ")[-1].strip() for line in rows] == ["—", "tokens diverged from step 0 on"]
+
+
+def test_a_question_says_that_no_run_could_be_compared(tmp_path: Path) -> None:
+    def run(name: str, token: int) -> Run:
+        return Run(RunInfo(0, name, "ref_0", 0), {"prefill": RunSignals(ranked({token: -1.0}))})
+
+    configurations = [config("A_1", "A", "sdpa"), config("A_2", "A", "eager")]
+    text, _ = rendered(write(tmp_path / "a.json", configurations, [run("A_1", 5), run("A_2", 6)]))
+    assert "Logprobs: — not measured between the 1 pair that could answer it: see what was not compared" in text
+
+
 def test_numbers_are_finite_and_infinity_is_a_word(tmp_path: Path) -> None:
     text, page = rendered(rich(tmp_path / "rich.json"))
     for shown in (text, Page(page).text):

@@ -130,6 +130,10 @@ def test_where_all_diverged_there_is_nothing_to_say(tmp_path: Path) -> None:
         assert (cell.diagonal_mean, cell.off_diagonal_mean, cell.off_diagonal_count) == (None, None, 0)
         assert (cell.snr, cell.snr_infinite, cell.label, cell.pairwise) == (None, False, "", ())
         assert len(cell.diverged) == 8 and cell.cross_hardware_baseline == ()
+        asked = [(each.question, each.pairs, each.diverged, each.step) for each in cell.unanswered]
+        # Within one machine the tokens are the same.
+        assert asked == [("cross_hardware_baseline", 2, 2, 0), ("across_hardware", 2, 2, 0)]
+    assert not any(cell.unanswered for cell in found["prefill"].values())
     assert all(cell.snr is not None for cell in found["prefill"].values())
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_engine import FakeEngine, starter
 from page_parser import Page
@@ -144,6 +145,24 @@ def attention(folder: Path) -> dict[str, Any]:
     found = experiments["attention"]
     assert isinstance(found, dict)
     return found
+
+
+def test_tokens_that_diverged_are_said(tiny: Path, tmp_path: Path) -> None:
+    """Rather than a dash, as if nobody had measured."""
+
+    class OtherTokens(FakeEngine):
+        def _logits(self, tokens: Any) -> Any:
+            return np.roll(super()._logits(tokens), 1)
+
+    folder = tmp_path / "run"
+    run(make(folder, tiny, start=with_eager(OtherTokens)))
+    rows = json.loads((folder / "summary.json").read_text())
+    said = {(each["experiment"], each["phase"]): each["unmeasured"] for each in rows}
+    assert said["attention", "decode"] == "tokens diverged from step 0 on"
+    assert said["attention", "prefill"] == said["tensor_parallel", "decode"] == ""
+    text = " ".join(Page((folder / "report.html").read_text()).text.split())
+    assert "tokens diverged from step 0 on" in text
+    assert "local_baseline and local_attn=eager diverged at step 0 on ref_0: no decode distance" in text
 
 
 def test_what_cannot_be_replayed_is_said(tiny: Path, tmp_path: Path) -> None:
