@@ -109,9 +109,14 @@ def _name_variables(command: click.Command, prefix: str) -> None:
 
 def fail(error: Error) -> None:
     """One line on stderr, then exit with the error's code."""
+    say(error)
+    sys.exit(error.exit_code)
+
+
+def say(error: Error) -> None:
+    """One line on stderr."""
     label = click.style("error", fg="red", bold=True) if colour(sys.stderr) else "error"
     click.echo(f"{label}: {error.diagnostics()}", err=True)
-    sys.exit(error.exit_code)
 
 
 def colour(stream: Any) -> bool:

@@ -45,7 +45,7 @@ def embedded_checkpoint(progress: Progress | None = None) -> Path:
     Processes that ask at once wait for one conversion. Raises :class:`MissingDependencyError` where the GGUF
     file or the ``gguf`` library is missing, and :class:`UsageError` for a GGUF file of another digest.
     """
-    folder = cache_folder() / "models" / f"{SMOLLM2}-{_GGUF_SHA256[:12]}-v{_CONVERSION}"
+    folder = _folder()
     if _is_sound(folder):
         return folder
     try:
@@ -60,6 +60,15 @@ def embedded_checkpoint(progress: Progress | None = None) -> Path:
     except OSError as error:
         raise UsageError(f"cannot keep {SMOLLM2} in {folder.parent}: {error}", "set FPFORENSICS_CACHE") from error
     return folder
+
+
+def converted_checkpoint() -> Path | None:
+    """The same folder where the cache has it already, else None."""
+    return _folder() if _is_sound(_folder()) else None
+
+
+def _folder() -> Path:
+    return cache_folder() / "models" / f"{SMOLLM2}-{_GGUF_SHA256[:12]}-v{_CONVERSION}"
 
 
 def _convert_into(folder: Path, progress: Progress | None) -> None:

@@ -164,7 +164,7 @@ def check_fit(plan: SessionPlan, checkpoint: Path) -> None:
         check_checkpoint(config, checkpoint)
     layers = plan.capture.layers
     if plan.layers_named or layers != CapturePlan().layers:
-        _require_depth(layers, num_layers(checkpoint))
+        require_depth(layers, num_layers(checkpoint))
     if plan.capture.top_k > vocab_size(checkpoint):
         raise UsageError(
             f"top-k {plan.capture.top_k}: the model's vocabulary has {vocab_size(checkpoint)} tokens", "ask for fewer"
@@ -172,11 +172,12 @@ def check_fit(plan: SessionPlan, checkpoint: Path) -> None:
     _require_context(plan.prompt_tokens, "the prompt", plan, checkpoint)
 
 
-def _require_depth(layers: Sequence[str], depth: int | None) -> None:
+def require_depth(layers: Sequence[str], depth: int | None, whose: str = "the model") -> None:
+    """Raise :class:`UsageError` for a layer that a model of ``depth`` blocks has not; None is a depth that nobody knows."""
     deepest = max((int(layer) for layer in layers if layer != LAST), default=0)
     if depth is not None and deepest > depth:
         raise UsageError(
-            f"layer {deepest}: the model has {counted(depth, 'block')}", f"name blocks from 1 to {depth}, or {LAST!r}"
+            f"layer {deepest}: {whose} has {counted(depth, 'block')}", f"name blocks from 1 to {depth}, or {LAST!r}"
         )
 
 

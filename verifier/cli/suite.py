@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import click
 
-from fpforensics.common.cli import progress_bar, quiet_option
+from fpforensics.common.cli import progress_bar, quiet_option, say
 from fpforensics.common.errors import UsageError, shorten
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
 
@@ -60,16 +60,18 @@ def show(name: str, toml: bool) -> None:
 @suite.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME|FILE…")
 def validate(names: tuple[str, ...]) -> None:
-    """Check suites, built-in ones by name or one's own files, without running anything."""
-    from fpforensics.verifier.suite.plan import model_loads, plan_jobs, session_plan
-    from fpforensics.verifier.suite.reading import find_suite
+    """Check suites, built-in ones by name or one's own files, without running anything. Exit code 2: one or more are wrong."""
+    from fpforensics.verifier.suite.valid import validate_suite
 
+    wrong = 0
     for name in names:
-        found = find_suite(name)
-        jobs = plan_jobs(found)
-        for job in jobs:
-            session_plan(found, job.variant, "")
-        click.echo(f"{name}: valid: {found.name}, {len(jobs)} configs, {model_loads(jobs)} model loads")
+        try:
+            click.echo(f"{name}: {validate_suite(name)}")
+        except UsageError as error:
+            say(error)
+            wrong = error.exit_code
+    if wrong:
+        raise click.exceptions.Exit(wrong)
 
 
 class RunOptions(AccessOptions):

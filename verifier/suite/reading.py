@@ -14,6 +14,7 @@ from fpforensics.common.config import KEYS, ExecutionConfig, config_id, parse_co
 from fpforensics.common.engines.base import ReplayMode
 from fpforensics.common.errors import UsageError, did_you_mean, shorten
 from fpforensics.common.signals import CapturePlan
+from fpforensics.common.strict import Limits
 from fpforensics.verifier.check import run_as
 from fpforensics.verifier.suite.model import (
     LOCAL,
@@ -183,10 +184,11 @@ def _references(table: Table) -> References:
 
 def _capture(table: Table) -> CapturePlan:
     defaults = CapturePlan(prefill_positions=3, top_k=10)
-    layers = table.texts("layers", defaults.layers)
+    layers, deepest = table.texts("layers", defaults.layers), Limits().layers
     for layer in layers:
-        if layer != "last" and not re.fullmatch(r"[1-9][0-9]{0,3}", layer):
-            raise table.error("layers", layers, 'block numbers from 1 as strings, or "last"')
+        if layer != "last" and not (re.fullmatch(r"[1-9][0-9]{0,3}", layer) and int(layer) <= deepest):
+            wanted = f'block numbers from 1 to {deepest} as strings, e.g. "4", or "last"'
+            raise table.error("layers", layer, wanted)
     if len(set(layers)) < len(layers):
         raise table.error("layers", layers, "each layer once")
     found = CapturePlan(

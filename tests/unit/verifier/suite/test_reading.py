@@ -152,8 +152,6 @@ def test_commands(tmp_path: Path) -> None:
     assert "valid: attention, 3 configs" in done.output
     for wrong in (
         ["show", "megaplam"],
-        ["validate", "megaplam"],
-        ["validate", str(tmp_path / "none.toml")],
         ["show", str(file), "--toml"],
     ):
         assert isinstance(runner.invoke(command, wrong).exception, UsageError)
@@ -166,6 +164,37 @@ def test_validate_takes_what_run_takes(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.exception
     said = [line.partition(",")[0] for line in done.output.splitlines()]
     assert said == [*(f"{name}: valid: {name}" for name in BUILTIN), f"{file}: valid: quantization"]
+
+
+def test_validate_names_every_wrong_suite(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "deep": ('"2", "last"', '"5", "last"'),  # the tiny model has four blocks
+        "nowhere": ('"2", "last"', '"5000"'),
+        "good": ('"2", "last"', '"4", "last"'),
+        "typo": ("top_k", "topk"),
+        "elsewhere": ("model=tiny,", "model=not-here/at-all,"),
+    }
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tiny.parent)
+    names = []
+    for name, (old, new) in files.items():
+        document = tmp_path / "document.txt"
+        document.write_text("A text.")
+        toml = (
+            TOML.replace("DOCUMENT", str(document)).replace(old, new, 1).replace("model=tiny,", f"model=./{tiny.name},")
+        )
+        names.append(str(tmp_path / f"{name}.toml"))
+        Path(names[-1]).write_text(toml)
+    done = CliRunner().invoke(command, ["validate", *names, "megaplam", str(tmp_path / "none.toml")])
+    assert done.exit_code == 2
+    wrong = done.stderr.splitlines()
+    assert len(wrong) == 5
+    assert "deep.toml: layer 5: the model ./tiny has 4 blocks (name blocks from 1 to 4" in wrong[0]
+    assert "nowhere.toml: [capture]: layers = '5000' (give block numbers from 1 to 4096" in wrong[1]
+    assert all(each in line for each, line in zip(("topk", "megaplam", "none.toml"), wrong[2:], strict=True))
+    good, elsewhere = done.stdout.splitlines()
+    assert good.endswith("good.toml: valid: tiny, 5 configs, 6 model loads")
+    assert elsewhere.endswith("; layers not compared with not-here/at-all: not on this machine")
 
 
 def test_an_experiment_that_is_skipped_needs_no_values() -> None:
