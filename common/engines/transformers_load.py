@@ -19,6 +19,7 @@ from fpforensics.common.engines.transformers_int4 import (
     dequantized_state,
     mark_dequantized,
 )
+from fpforensics.common.engines.transformers_shares import require_shares
 from fpforensics.common.errors import MissingDependencyError, ReplayError, UsageError
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
         )
     if declared:
         check_layout(path, settings)
+    if config.emulate_tensor_parallel > 1:
+        require_shares(path, config.emulate_tensor_parallel)
 
 
 def prepare_imports() -> None:

@@ -12,18 +12,16 @@ that add in float32 and round once, and kernels that are chosen by the size of a
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fpforensics.common.errors import ReplayError, UsageError
+from fpforensics.common.engines.transformers_shares import ROW_PARALLEL_NAMES, SUMMED, pattern, share
+from fpforensics.common.errors import ReplayError
 
-# Styles of a transformers tp_plan. Those that split inputs, and so add partial products:
-_SUMMED = frozenset({"rowwise", "rowwise_split_input", "rowwise_rep"})
-# Fused experts, whose outputs are added once, after each rank has added up its tokens' experts:
+# Styles of a transformers tp_plan. Fused experts, whose outputs are added once, after each rank has added up its tokens' experts:
 _EXPERTS = "moe_tp_experts"
 # Those that change no output's own sum:
 _UNCHANGED = frozenset(
@@ -37,7 +35,6 @@ _UNCHANGED = frozenset(
         "replicated_with_grad_allreduce",
     }
 )
-_ROW_PARALLEL_NAMES = ("o_proj", "down_proj")  # where a model has no plan
 
 
 def split_products(model: nn.Module, ranks: int) -> int:
@@ -69,7 +66,7 @@ class PartialSumLinear(nn.Module):
     def __init__(self, name: str, linear: nn.Linear, ranks: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._share = _share(linear.in_features, ranks, name)
+        self._share = share(linear.in_features, ranks, name)
         self.ranks = nn.ModuleList(_linear(part) for part in linear.weight.detach().split(self._share, dim=1))
         self.bias = linear.bias
 
@@ -86,9 +83,9 @@ class PartialSumExperts(nn.Module):
     def __init__(self, name: str, experts: nn.Module, ranks: int) -> None:
         super().__init__()
         gate_up_EGH, down_EHI = _fused_weights(name, experts)  # noqa: N806
-        share = _share(down_EHI.shape[2], ranks, name)
-        gates_EIH, ups_EIH = (half.split(share, dim=1) for half in gate_up_EGH.detach().chunk(2, dim=1))  # noqa: N806
-        downs_EHI = down_EHI.detach().split(share, dim=2)  # noqa: N806
+        width = share(down_EHI.shape[2], ranks, name)
+        gates_EIH, ups_EIH = (half.split(width, dim=1) for half in gate_up_EGH.detach().chunk(2, dim=1))  # noqa: N806
+        downs_EHI = down_EHI.detach().split(width, dim=2)  # noqa: N806
         self.ranks = nn.ModuleList()
         for gate, up, down in zip(gates_EIH, ups_EIH, downs_EHI, strict=True):
             shared = {id(experts.config): experts.config} if hasattr(experts, "config") else {}
@@ -117,14 +114,14 @@ sum_partials.register_fake(lambda partials, bias: torch.empty_like(partials[0]))
 
 def _split_as_planned(name: str, module: nn.Module, plan: Mapping[str, str], ranks: int) -> nn.Module | None:
     """What replaces a module, or None for one that is computed whole."""
-    style = plan.get(_pattern(name))
-    bare = {plan.get(_pattern(f"{name}.{leaf}")) for leaf, _ in module.named_parameters(recurse=False)}
-    unknown = ({style} | bare) - _SUMMED - _UNCHANGED - {None, _EXPERTS}
+    style = plan.get(pattern(name))
+    bare = {plan.get(pattern(f"{name}.{leaf}")) for leaf, _ in module.named_parameters(recurse=False)}
+    unknown = ({style} | bare) - SUMMED - _UNCHANGED - {None, _EXPERTS}
     if unknown:
         raise _unsplit(name, f"{type(module).__name__} is split as {', '.join(sorted(map(str, unknown)))}")
-    if style == _EXPERTS or bare & _SUMMED:
+    if style == _EXPERTS or bare & SUMMED:
         return PartialSumExperts(name, module, ranks)
-    if style not in _SUMMED or isinstance(module, nn.Embedding):  # rows of an embedding are looked up, not added
+    if style not in SUMMED or isinstance(module, nn.Embedding):  # rows of an embedding are looked up, not added
         return None
     if not isinstance(module, nn.Linear):
         raise _unsplit(name, f"{type(module).__name__} is no linear layer")
@@ -138,12 +135,12 @@ def _split_by_name(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], r
     found = [
         (name, module)
         for name, module in modules
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _ROW_PARALLEL_NAMES
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ROW_PARALLEL_NAMES
     ]
     if not found:
         raise ReplayError(
             f"emulate_tp={ranks}: {type(model).__name__} has no row-parallel products that are known",
-            f"its tp_plan names none, and no linear layer is called {' or '.join(_ROW_PARALLEL_NAMES)}",
+            f"its tp_plan names none, and no linear layer is called {' or '.join(ROW_PARALLEL_NAMES)}",
         )
     for name, module in found:
         _replace(model, name, PartialSumLinear(name, module, ranks))
@@ -172,15 +169,6 @@ def _fused_weights(name: str, experts: nn.Module) -> tuple[nn.Parameter, nn.Para
     return gate_up, down
 
 
-def _share(width: int, ranks: int, name: str) -> int:
-    if width % ranks:
-        raise UsageError(
-            f"emulate_tp={ranks}: the {width} inputs of {name} cannot be split among {ranks} ranks",
-            "use a number of ranks that divides them",
-        )
-    return width // ranks
-
-
 def _linear(weight: torch.Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = _parameter(weight)
@@ -195,11 +183,6 @@ def _parameter(weight: torch.Tensor) -> nn.Parameter:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _pattern(name: str) -> str:
-    """``model.layers.3.mlp`` -> ``model.layers.*.mlp``, as plans write it."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _unsplit(name: str, why: str) -> ReplayError:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from fpforensics.common.config import ExecutionConfig
-from fpforensics.common.engines.preflight import require_possible, require_runnable
+from fpforensics.common.engines.preflight import check_checkpoint, require_possible, require_runnable
 from fpforensics.common.errors import Error
 from fpforensics.common.models import resolve_model
 from fpforensics.prover.session import check_fit
@@ -42,7 +42,7 @@ def known_skips(setting: Setting, find: Find, broken: Mapping[Worker, str] | Non
     found = {job.id: _no_session(setting, job, find, broken) for job in plan_jobs(setting.suite)}
     if setting.suite.replay.enabled:
         planned = plan_replays(setting.suite)
-        found |= {replay_id(each.name): _no_replay(setting, each.variant, broken) for each in planned}
+        found |= {replay_id(each.name): _no_replay(setting, each.variant, find, broken) for each in planned}
     return {name: reason for name, reason in found.items() if reason}
 
 
@@ -62,9 +62,11 @@ def _no_session(setting: Setting, job: Job, find: Find, broken: Mapping[Worker, 
     return broken.get(worker_of(job.variant), "")
 
 
-def _no_replay(setting: Setting, variant: Variant, broken: Mapping[Worker, str]) -> str:
+def _no_replay(setting: Setting, variant: Variant, find: Find, broken: Mapping[Worker, str]) -> str:
     try:
         require_runnable([variant.config], setting.host(setting.suite.replay.device, variant))
+        if isinstance(folder := find(variant.config), Path):
+            check_checkpoint(variant.config, folder)
     except Error as error:
         return error.diagnostics()
     return broken.get(worker_of(variant), "")

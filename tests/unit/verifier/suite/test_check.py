@@ -18,7 +18,7 @@ from fake_engine import FakeEngine, drifting_engine, fake_engine, starter
 from suite_world import TEXT, TOML, Starts, make, run
 
 from fpforensics.common.access import Listen
-from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.config import ExecutionConfig, parse_config
 from fpforensics.common.engines.base import EngineStarter, Host
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.errors import DeadlineError, ReplayError, UsageError
@@ -98,6 +98,22 @@ def test_everything_is_there(tiny: Path, tmp_path: Path) -> None:
     assert "ep=2 needs backend=vllm" in skipped["replay of ep=2"]
     assert "2 of exactly 16 tokens" in only(findings, PROMPTS).said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [(5, False), (4, True)])
+def test_inputs_that_ranks_cannot_share_are_skipped_as_a_run_skips_them(
+    tiny_llama: Path, tmp_path: Path, ranks: int, fits: bool
+) -> None:
+    toml = TOML.replace("emulate_tp=2", f"emulate_tp={ranks}").replace('"2", "last"', '"2"')
+    findings = found(setting(tmp_path, tiny_llama, toml))
+    skipped = {each.where: each.said for each in findings if each.check == SKIPPED}
+    for name in (f"local.emulate_tp={ranks}", f"replay of emulate_tp={ranks}"):
+        assert ("cannot be split among 5 ranks" in skipped.get(name, "")) == (not fits)
+    if not fits:
+        plan = SessionPlan(configs=(parse_config(f"model=tiny,emulate_tp={ranks}"),), prompt_tokens=16)
+        with pytest.raises(UsageError) as refused:  # as prover run says it
+            run_session(plan, Host(models={"tiny": str(tiny_llama)}), PrivateKey.fresh(), tmp_path / "bundle")
+        assert refused.value.diagnostics() == skipped["local.emulate_tp=5"]
 
 
 def test_model_does_not_load(tiny: Path, tmp_path: Path) -> None:
