@@ -18,12 +18,23 @@ from fpforensics.common.errors import ReplayError, UsageError, shorten
 
 def require_host(host: Host) -> None:
     """Raise :class:`UsageError` for an interpreter that is not there, :class:`ReplayError` for a GPU that is not."""
-    if host.python and shutil.which(host.python, path=host.env.get("PATH")) is None:
+    if not has_interpreter(host):
         raise UsageError(
             f"--python {shorten(host.python)}: no such interpreter", "give one that has fpforensics installed"
         )
-    if host.device == "cuda" and (why := _no_cuda(host)):
-        raise ReplayError(f"device cuda is not available here: {why}", "use --device auto or cpu")
+    if why := lacks_device(host):
+        raise ReplayError(why, "use --device auto or cpu")
+
+
+def has_interpreter(host: Host) -> bool:
+    """Whether the interpreter that the host names, if any, is there."""
+    return not host.python or shutil.which(host.python, path=host.env.get("PATH")) is not None
+
+
+def lacks_device(host: Host) -> str:
+    """Why the host's device is certainly not there; empty where only torch can tell."""
+    why = _no_cuda(host) if host.device == "cuda" else ""
+    return f"device cuda is not available here: {why}" if why else ""
 
 
 def require_runnable(configs: Iterable[ExecutionConfig], host: Host) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fpforensics.verifier.suite.model import ProverSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @click.group()
@@ -82,6 +83,7 @@ class RunOptions(AccessOptions):
     keys: tuple[Path, ...]
     model_paths: tuple[str, ...]
     no_replay: bool
+    device: str | None
     quiet: bool
 
 
@@ -94,6 +96,7 @@ def run_options(command: F) -> F:
             click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="Public key of a remote prover, or a folder of *.pub. Repeatable."),
             click.option("--model-path", "model_paths", multiple=True, metavar="NAME=PATH", help="Where a model's checkpoint lies here. Repeatable."),
             click.option("--no-replay", is_flag=True, help="Collect evidence only."),
+            click.option("--device", type=click.Choice(DEVICES), help="Where replays run. [default: the suite's]"),
             access_options,
             quiet_option,
         )
@@ -118,19 +121,20 @@ def check(output: Path, as_json: bool, **options: Unpack[RunOptions]) -> None:
     import msgspec
 
     from fpforensics.common.errors import ReplayError
-    from fpforensics.verifier.suite.finding import is_ready, render_finding
+    from fpforensics.verifier.suite.finding import Finding, is_ready, joined, render_finding
     from fpforensics.verifier.suite.folder import Folder
     from fpforensics.verifier.suite.ready import check_suite
     from fpforensics.verifier.suite.sessions import Setting
 
     asked, keyring = _asked(options)
     setting = Setting(folder=Folder(output), suite=asked.suite, models=asked.models, access=make_access(options))
-    findings = []
+    findings: list[Finding] = []
     with progress_bar(options["quiet"]) as report:
-        for finding in check_suite(setting, keyring, report):
-            findings.append(finding)
+        found = check_suite(setting, keyring, report)
+        for each in found if as_json else joined(found):
+            findings.append(each)
             if not as_json:
-                click.echo(render_finding(finding))
+                click.echo(render_finding(each))
     if as_json:
         said = msgspec.json.encode({"suite": asked.suite.name, "ready": is_ready(findings), "findings": findings})
         click.echo(msgspec.json.format(said).decode())
@@ -166,7 +170,7 @@ def resume(folder: Path, again: bool, quiet: bool, **access: Unpack[AccessOption
 
 @suite.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--device", help="Where: auto, cpu, cuda, cuda:1, … [default: the suite's]")
+@click.option("--device", type=click.Choice(DEVICES), help="Where replays run. [default: the suite's]")
 @click.option("--mode", type=click.Choice(["decode", "prefill"]), help="[default: the suite's]")
 @click.option("--using", metavar="CONFIG", help="As in verifier check --using. [default: the suite's]")
 @click.option("--model-path", "model_paths", multiple=True, metavar="NAME=PATH", help="Where a model's checkpoint lies here. Repeatable.")  # fmt: skip
@@ -219,6 +223,8 @@ def _asked(options: RunOptions) -> tuple[Settings, Keyring]:
         found = msgspec.structs.replace(found, provers=named)
     if options["no_replay"]:
         found = msgspec.structs.replace(found, replay=msgspec.structs.replace(found.replay, enabled=False))
+    if options["device"]:
+        found = msgspec.structs.replace(found, replay=msgspec.structs.replace(found.replay, device=options["device"]))
     if any(each.endpoint != LOCAL for each in found.provers) and not options["keys"]:
         raise UsageError("a remote prover without --key", "whose bundles do you trust? give the prover's public key")
     for job in plan_jobs(found):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -22,7 +22,8 @@ DOCUMENT = "experiment JSON"
 PROMPTS = "prompts exact"
 OUTPUTS_SPACE = "space for outputs"
 SKIPPED = "would be skipped"
-_MAX_LINE = 1000
+REPLAY_OF = "replay of "
+_MAX_LINE, _MAX_NAMES = 1000, 600
 _WIDTH = max(map(len, (INTERPRETERS, RANKS, MODELS_SPACE, LOADS, SIGNALS, REPEATS, DOCUMENT, OUTPUTS_SPACE, SKIPPED)))
 
 
@@ -49,6 +50,21 @@ def not_applicable(check: str, where: str, said: str) -> Finding:
 def failed(check: str, where: str, error: Error) -> Finding:
     """It is not, with the way out that the error knows."""
     return Finding(check=check, where=where, status="failed", said=error.message, way_out=error.hint)
+
+
+def joined(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """For people: those that would be skipped for one reason as one, after all others, which come as they are found."""
+    skipped: dict[str, list[Finding]] = {}
+    for each in findings:
+        if each.check == SKIPPED:
+            skipped.setdefault(each.said, []).append(each)
+        else:
+            yield each
+    for same in skipped.values():
+        sessions = [each.where for each in same if not each.where.startswith(REPLAY_OF)]
+        replays = [each.where.removeprefix(REPLAY_OF) for each in same if each.where.startswith(REPLAY_OF)]
+        parts = [", ".join(sessions)] * bool(sessions) + [REPLAY_OF + ", ".join(replays)] * bool(replays)
+        yield msgspec.structs.replace(same[0], where=shorten("; ".join(parts), _MAX_NAMES))
 
 
 def is_ready(findings: Sequence[Finding]) -> bool:

@@ -12,13 +12,13 @@ import msgspec
 from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.engines import find_engine
 from fpforensics.common.engines.base import Host
-from fpforensics.common.engines.preflight import require_host, require_possible
+from fpforensics.common.engines.preflight import require_possible
 from fpforensics.common.errors import DeadlineError, Error, ReplayError, UsageError, shorten
 from fpforensics.prover.client import ProverClient
 from fpforensics.verifier.suite.finding import INTERPRETERS, RANKS, Finding, failed, not_applicable, passed
 from fpforensics.verifier.suite.model import LOCAL, ProverSpec, Variant
 from fpforensics.verifier.suite.plan import Job, plan_replays
-from fpforensics.verifier.suite.sessions import Setting
+from fpforensics.verifier.suite.sessions import Setting, require_interpreter
 
 _PROBE_SECONDS = 300.0  # a first import of torch from a slow disk
 _PROBE = """
@@ -61,7 +61,7 @@ def probe(host: Host, config: ExecutionConfig) -> Interpreter:
     Raises :class:`UsageError` for one that is not there, :class:`ReplayError` for one that does not work, and of those
     :class:`DeadlineError` for one that gave no answer.
     """
-    require_host(host)
+    require_interpreter(host)
     python = host.python or sys.executable
     command = [python, "-P", "-c", _PROBE, find_engine(config).partition(":")[0], config.backend]
     try:

@@ -16,7 +16,7 @@ from fpforensics.common.config import ExecutionConfig
 from fpforensics.common.errors import Error, EvidenceError
 from fpforensics.common.keys import Keyring
 from fpforensics.prover.session import make_references
-from fpforensics.verifier.suite.finding import PROMPTS, SKIPPED, Finding, failed, not_applicable, passed
+from fpforensics.verifier.suite.finding import PROMPTS, REPLAY_OF, SKIPPED, Finding, failed, not_applicable, passed
 from fpforensics.verifier.suite.folder import Folder, Settings
 from fpforensics.verifier.suite.machines import (
     Probe,
@@ -81,7 +81,7 @@ def _skips(setting: Setting, known: Mapping[str, str]) -> Iterator[Finding]:
         if experiment.skip:
             yield not_applicable(SKIPPED, experiment.name, experiment.skip)
     for name, reason in known.items():
-        yield not_applicable(SKIPPED, name.replace(replay_id(""), "replay of "), reason)
+        yield not_applicable(SKIPPED, name.replace(replay_id(""), REPLAY_OF), reason)
 
 
 def _prompts(setting: Setting, jobs: list[Job], find: Find) -> Iterator[Finding]:

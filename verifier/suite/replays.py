@@ -166,7 +166,7 @@ def _pairs_that_ran(report: MatrixReport) -> MatrixReport:
 
 def _replay(setting: Setting, variant: Variant, wanted: dict[str, str], tell: Report) -> ReplayFile:
     settings = setting.suite.replay
-    host = setting.host(settings.device, variant)
+    host = setting.replay_host(variant)
     config = variant.config
     require_runnable([config], host)
     path = resolve_model(config.model, config.revision, setting.models).path

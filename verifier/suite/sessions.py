@@ -15,9 +15,9 @@ from fpforensics.common.access import Access
 from fpforensics.common.cache import write_atomically
 from fpforensics.common.config import DEFAULT_MODEL, ExecutionConfig
 from fpforensics.common.engines.base import ConcurrentWork, Engine, EngineStarter, Host
-from fpforensics.common.engines.preflight import require_host
+from fpforensics.common.engines.preflight import has_interpreter, lacks_device
 from fpforensics.common.engines.remote import start_engine
-from fpforensics.common.errors import EvidenceError, MissingDependencyError
+from fpforensics.common.errors import EvidenceError, MissingDependencyError, ReplayError, UsageError, shorten
 from fpforensics.common.keys import Keyring
 from fpforensics.common.models import resolve_model
 from fpforensics.prover.client import ProverClient, require_known_signer
@@ -44,11 +44,30 @@ class Setting:
     start: EngineStarter = start_engine
     stop: Stop = field(default_factory=Stop)
 
-    def host(self, device: str, variant: Variant) -> Host:
-        """Where a worker of ours runs ``variant``. Raises what keeps this host from it."""
-        host = Host(device=device, python=variant.python, env=variant.env, models=self.models)
-        require_host(host)
+    def session_host(self, prover: ProverSpec, variant: Variant) -> Host:
+        """Where a local prover's worker runs ``variant``. Raises what keeps this host from it."""
+        host = Host(device=prover.device, python=variant.python, env=variant.env, models=self.models)
+        require_interpreter(host)
+        if why := lacks_device(host):
+            raise ReplayError(why, f'write device = "auto" or "cpu" for [[prover]] {prover.name} in the suite\'s file')
         return host
+
+    def replay_host(self, variant: Variant) -> Host:
+        """Where a replay of ``variant`` runs. Raises what keeps this host from it."""
+        host = Host(device=self.suite.replay.device, python=variant.python, env=variant.env, models=self.models)
+        require_interpreter(host)
+        if why := lacks_device(host):
+            raise ReplayError(why, "replay with --device auto or cpu, or elsewhere: verifier suite replay")
+        return host
+
+
+def require_interpreter(host: Host) -> None:
+    """Raise :class:`UsageError` for one that is not there: a suite's file names it, and no option."""
+    if not has_interpreter(host):
+        raise UsageError(
+            f"python = {shorten(host.python)!r}: no such interpreter",
+            "name one with fpforensics installed in the suite's file, which `verifier suite show NAME --toml` prints of a built-in one",
+        )
 
 
 class Loads:
@@ -138,7 +157,7 @@ def _run_here(setting: Setting, job: Job, plan: SessionPlan, incoming: Path, rep
     def progress(now: SessionProgress) -> None:
         report(now.stage, now.done, now.total)
 
-    host = setting.host(job.prover.device, job.variant)
+    host = setting.session_host(job.prover, job.variant)
     key = setting.folder.private_key()
     run_session(plan, host, key, incoming, progress, setting.stop, setting.start)
 

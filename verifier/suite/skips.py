@@ -54,7 +54,7 @@ def _no_session(setting: Setting, job: Job, find: Find, broken: Mapping[Worker, 
         if job.prover.endpoint != LOCAL:
             require_possible(config)
             return ""
-        require_runnable([config], setting.host(job.prover.device, job.variant))
+        require_runnable([config], setting.session_host(job.prover, job.variant))
         if isinstance(folder := find(config), Path):
             check_fit(session_plan(setting.suite, job.variant, ""), folder)
     except Error as error:
@@ -64,7 +64,7 @@ def _no_session(setting: Setting, job: Job, find: Find, broken: Mapping[Worker, 
 
 def _no_replay(setting: Setting, variant: Variant, find: Find, broken: Mapping[Worker, str]) -> str:
     try:
-        require_runnable([variant.config], setting.host(setting.suite.replay.device, variant))
+        require_runnable([variant.config], setting.replay_host(variant))
         if isinstance(folder := find(variant.config), Path):
             check_checkpoint(variant.config, folder)
     except Error as error:

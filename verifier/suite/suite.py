@@ -67,17 +67,18 @@ def _write_page(setting: Setting, written: Written) -> None:
 
 
 def render_states(written: Written) -> str:
-    """What ran and what did not, for a terminal."""
+    """What ran and what did not, for a terminal: experiment by experiment, then each reason once with all that it is of."""
     lines = []
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
     for each in written.experiments:
         states = [config.state for config in each.configs]
         done = f"{states.count('finished')} of {len(states)} configs" if states else f"skipped: {each.skipped}"
         lines.append(f"{each.name:<22} {done}")
-        lines += [
-            f"{'':<22} {config.state}: {config.prover}.{config.config}: {config.reason}"
-            for config in each.configs
-            if config.state != "finished"
-        ]
         lines += [f"{'':<22} {render_forensics(found)}" for found in each.forensics]
-        lines += [f"{'':<22} not replayed: {name}: {reason}" for name, reason in each.replays_skipped.items()]
+        for config in each.configs:
+            if config.state != "finished":
+                reasons.setdefault((config.state, config.reason), {})[f"{config.prover}.{config.config}"] = None
+        for name, reason in each.replays_skipped.items():
+            reasons.setdefault(("not replayed", reason), {})[name] = None
+    lines += [f"{state}: {', '.join(names)}: {reason}" for (state, reason), names in reasons.items()]
     return "\n".join(lines) + "\n"

@@ -27,7 +27,8 @@ from fpforensics.common.signals import Reference
 from fpforensics.prover.service import ProverConfig, serve_prover
 from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.cli.suite import suite as command
-from fpforensics.verifier.suite import files, machines, ready, space
+from fpforensics.verifier.suite import files, machines, ready, sessions, space
+from fpforensics.verifier.suite import suite as suites
 from fpforensics.verifier.suite.finding import (
     DOCUMENT,
     INTERPRETERS,
@@ -41,6 +42,9 @@ from fpforensics.verifier.suite.finding import (
     SKIPPED,
     Finding,
     is_ready,
+    joined,
+    not_applicable,
+    passed,
     render_finding,
 )
 from fpforensics.verifier.suite.folder import Folder
@@ -410,6 +414,48 @@ def test_remote_prover(tiny: Path, tmp_path: Path) -> None:
     assert failing(findings) == [LOADS]
 
 
+def test_what_would_be_skipped_for_one_reason_is_one_line() -> None:
+    names = ("local.tp=2", "local.ep=2", "replay of tp=2", "replay of ep=2")
+    skipped = [not_applicable(SKIPPED, name, "no GPU") for name in names]
+    other, first = not_applicable(SKIPPED, "replay of cu118", "no such interpreter"), passed(LOADS, "local", "it loads")
+    said = list(joined([first, *skipped[:3], other, skipped[3]]))
+    assert [each.where for each in said] == ["local", "local.tp=2, local.ep=2; replay of tp=2, ep=2", other.where]
+    assert [each.said for each in said] == [first.said, "no GPU", "no such interpreter"]
+    many = joined([not_applicable(SKIPPED, f"local.batch={number}", "no GPU") for number in range(256)])
+    (line,) = map(render_finding, many)
+    assert line.endswith("no GPU"), "the reason is what must not be cut off"
+
+
+def test_the_way_out_is_in_the_suites_file_or_an_option_of_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "lacks_device", lambda host: "no GPU" if host.device == "cuda" else "")
+    far = "[replay]\ndevice = 'cuda'\n[[prover]]\nname = 'here'\ndevice = 'cuda'\n[references]"
+    given = setting(tmp_path, tiny, TOML.replace("[references]", far) + OTHER.replace("PYTHON", "/nosuch"))
+    skipped = {each.where: each.said for each in found(given, said=SAID) if each.check == SKIPPED}
+    for name in ("here.old", "replay of old"):
+        assert skipped[name].startswith("python = '/nosuch': no such interpreter (name one")
+        assert "verifier suite show NAME --toml" in skipped[name] and "--python" not in skipped[name]
+    assert 'device = "auto" or "cpu" for [[prover]] here' in skipped["here.attn=eager"]
+    assert "--device auto or cpu" in skipped["replay of attn=eager"]
+
+
+@pytest.mark.parametrize("subcommand", ["run", "check"])
+def test_replays_run_where_the_option_says(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subcommand: str
+) -> None:
+    asked = []
+    monkeypatch.setattr(ready, "check_suite", lambda setting, *_: iter(asked.append(setting.suite.replay.device) or ()))
+    monkeypatch.setattr(suites, "run_suite", lambda setting, *_, **__: asked.append(setting.suite.replay.device))
+    toml = tmp_path / "tiny.toml"
+    (tmp_path / "document.txt").write_text(TEXT)
+    text = TOML.replace("DOCUMENT", str(tmp_path / "document.txt"))
+    toml.write_text(text.replace("[references]", "[replay]\ndevice = 'cuda'\n[references]"))
+    for number, options in enumerate(([], ["--device", "cpu"])):
+        CliRunner().invoke(command, [subcommand, str(toml), "-q", "-o", str(tmp_path / f"out{number}"), *options])
+    assert asked == ["cuda", "cpu"]
+
+
 def test_command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     findings = found(setting(tmp_path, tiny))
     broken = msgspec.structs.replace(findings[0], status="failed", said="no\nsuch\x1b[31m", way_out="make one")
@@ -419,7 +465,7 @@ def test_command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(ready, "check_suite", lambda *_, given=given, **__: iter(given))
         done = CliRunner().invoke(command, ["check", str(toml), "-q"])
         assert done.exit_code == code
-        assert done.output == "".join(f"{render_finding(each)}\n" for each in given)
+        assert done.output == "".join(f"{render_finding(each)}\n" for each in joined(given))
         said = json.loads(CliRunner().invoke(command, ["check", str(toml), "-q", "--json"]).output)
         assert said["ready"] == (code == 0)
         assert msgspec.convert(said["findings"], list[Finding]) == given

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from fake_engine import FakeEngine, starter
@@ -19,7 +20,9 @@ from fpforensics.common.errors import ReplayError
 from fpforensics.common.lab.reader import open_experiment
 from fpforensics.verifier.suite.journal import Entry, read_journal
 from fpforensics.verifier.suite.model import Variant
+from fpforensics.verifier.suite.page import render
 from fpforensics.verifier.suite.plan import plan_jobs
+from fpforensics.verifier.suite.suite import render_states
 from fpforensics.verifier.suite.timing import Timing, compared, counted, slowdown_interval, timings
 
 TWO = """
@@ -171,9 +174,18 @@ def test_what_cannot_be_replayed_is_said(tiny: Path, tmp_path: Path) -> None:
             raise ReplayError("no kernel here", "")
 
     folder = tmp_path / "run"
-    run(make(folder, tiny, start=with_eager(NoReplay)))
+    setting = make(folder, tiny, start=with_eager(NoReplay))
+    written = run(setting)
     assert attention(folder)["replays_skipped"] == {"attn=eager": "no kernel here"}
     assert "Not replayed here, attn=eager: no kernel here" in (folder / "report.html").read_text()
+    written.experiments[0] = msgspec.structs.replace(
+        written.experiments[0], replays_skipped={"attn=eager": "no kernel here", "baseline": "no kernel here"}
+    )
+    said = render_states(written).splitlines()
+    assert [line for line in said if "no kernel" in line] == ["not replayed: attn=eager, baseline: no kernel here"]
+    assert len([line for line in said if "ep=2 needs backend=vllm" in line]) == 2  # a session and a replay
+    page = Page(render(setting.suite, written, [])).text
+    assert "Not replayed here, attn=eager, baseline: no kernel here" in page
     run(opened(folder), again=True)
     assert attention(folder)["replays_skipped"] == {}
     (matrix, *_) = attention(folder)["matrices"]["local"]
