@@ -24,7 +24,7 @@ from fpforensics.common.config import (
     parse_config,
 )
 from fpforensics.common.engines.base import EngineStarter, Host, ReplayMode
-from fpforensics.common.engines.preflight import require_runnable
+from fpforensics.common.engines.preflight import check_checkpoint, require_runnable
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.environment import Environment, describe_environment
 from fpforensics.common.errors import LimitError, UnknownModelError, UsageError, did_you_mean, shorten
@@ -215,6 +215,7 @@ def replay_bundle(
     )  # before any weights are hashed
     for each in checked:
         _require_known_model(each, plan, host)
+    _require_as_stored(checked, members, plan, host)
     _require_bounded(bundle, members, rows, again=[each.config for each in checked] if exact else ())
     require_coherent(bundle, [each.row for each in checked], cancelled)
     members = _pinned(members, host)
@@ -306,6 +307,20 @@ def _require_known_model(each: Checked, plan: CheckPlan, host: Host) -> None:
             f"the checkpoint here is {shorten(held, 24)}",
             "name the right checkpoint with --model-path",
         )
+
+
+def _require_as_stored(checked: Sequence[Checked], members: Sequence[Member], plan: CheckPlan, host: Host) -> None:
+    """What is claimed and what was asked for must be what the checkpoints are, before anything is loaded: an error of theirs, not of
+    the anchor that is loaded first. Members that were only offered may be skipped later."""
+    claimed = {each.config for each in checked}
+    for member in members:
+        if member.optional:
+            continue
+        try:
+            check_checkpoint(member.runs_as, resolve_model(member.runs_as.model, models=host.models).path)
+        except UsageError as error:
+            who = f"claim {shorten(plan.claim)}" if plan.claim and member.config in claimed else member.id
+            raise UsageError(f"{who}: {error.message}", error.hint) from None
 
 
 def _holds(model: str, plan: CheckPlan, host: Host) -> bool:

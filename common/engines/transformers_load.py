@@ -99,7 +99,9 @@ def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
         stored = f"quantized as {declared}" if declared else "unquantized"
         raise UsageError(
             f"the checkpoint of {config.model} is stored {stored}, the config says quant={config.quantization}",
-            f"use quant={declared}" if declared in STORED_INT4 else "name another checkpoint",
+            f"use quant={declared}"
+            if declared in STORED_INT4
+            else "name another checkpoint: model=NAME and --model-path NAME=/path/to/checkpoint",
         )
     if declared:
         check_layout(path, settings)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fpforensics.common.config import ExecutionConfig
-from fpforensics.common.errors import ReplayError, UsageError
+from fpforensics.common.errors import ReplayError, UsageError, shorten
 from fpforensics.common.models import download_bytes
 from fpforensics.verifier.suite.finding import (
     MODELS_SPACE,
@@ -41,7 +41,8 @@ def check_models(setting: Setting, configs: Iterable[ExecutionConfig], find: Fin
             continue
         size = download_bytes(name, revision, setting.models)
         if size is None:
-            yield failed(MODELS_SPACE, name, found)
+            folder = f"name its folder: --model-path {shorten(name)}=/path/to/checkpoint"
+            yield failed(MODELS_SPACE, name, UsageError(found.message, f"{found.hint}; or {folder}"))
             continue
         missing += size
         yield _enough(MODELS_SPACE, name, missing, _hub_cache(), "to be fetched, with those above")

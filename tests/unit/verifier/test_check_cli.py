@@ -89,7 +89,7 @@ def test_an_unset_claim_is_no_empty_claim(verifier: Run, monkeypatch: pytest.Mon
 
 def test_quiet_prints_the_verdict_and_its_reasons(verifier: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "check_bundle", rpc_world.quick_check)
-    assert verifier("-q") == (0, "✓ CONSISTENT: because\n", "")
+    assert verifier("-q") == (0, "✓ CONSISTENT: because; by fixed limits: no error rate is known\n", "")
     code, out, _ = verifier()
     assert code == 0
     assert out.splitlines()[-1] == "✓ CONSISTENT" and "  - because" in out

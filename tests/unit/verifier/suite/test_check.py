@@ -389,6 +389,8 @@ def test_no_space_for_a_model(
     findings = found(given)
     assert failing(findings) == [MODELS_SPACE]
     assert said in only(findings, MODELS_SPACE).said
+    named = "--model-path nobody/nothing-at-all=/path/to/checkpoint" in only(findings, MODELS_SPACE).way_out
+    assert named == (size is None)  # else what lacks is space
     assert starts.configs == []  # nothing is fetched where there is no room for it
     assert only(findings, LOADS).status == "not_applicable"
     assert only(findings, PROMPTS).status == "not_applicable"
