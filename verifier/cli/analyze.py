@@ -41,7 +41,14 @@ def analyze(
     --json prints one object keyed by phase, then signal, and by nothing else; what was compared, and how, stands in each
     signal as "about". With --summary, a file that cannot be analyzed is a row with its error, and the exit code is 4.
 
+    A FILE of one's own takes a minute: one bundle with a config for each value, exported. In a checkout two small ones lie in examples/experiments.
+
     \b
+    prover run --key prover.key -o attention.msgpack --new-tokens 4 --references 1 --config attn=sdpa --config attn=eager
+    verifier export attention.msgpack --key prover.key.pub -o attention_experiment.json
+
+    \b
+    verifier analyze attention_experiment.json
     verifier analyze tensor_parallel_H100.json --canonical first
     verifier analyze tensor_parallel_A100.json --observed tensor_parallel_H100.json --html report.html
     verifier analyze --summary *_experiment.json

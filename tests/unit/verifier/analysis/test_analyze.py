@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from pathlib import Path
 
 import pytest
 from lab_documents import Json, find_run, lab_document, lab_path, mean, naive_logprobs, naive_vectors
@@ -242,3 +243,22 @@ def test_the_plans_questions_of_four_gpus(batch_size: CellAnalysis) -> None:
         assert sorted(value == "1" for value in each.values) == [False, True]
         assert each.distance == pytest.approx(naive(*each.configs), rel=1e-9)
         assert each.snr == pytest.approx(naive(*each.configs) / noise, rel=1e-9)
+
+
+def test_the_small_examples_answer_every_question() -> None:
+    folder = Path(__file__).parents[4] / "examples" / "experiments"
+    names = [folder / f"attention_{kernels}.json.gz" for kernels in ("avx512", "avx2")]
+    assert sum(name.stat().st_size for name in names) < 200_000
+    with open_experiment(names[0]) as claimed, open_experiment(names[1]) as observed:
+        claimed.validate()
+        observed.validate()
+        found = analyze(claimed, observed)
+    for phase in ("prefill", "decode"):
+        assert list(found[phase]) == ["logprobs", "key_vectors", "hidden_states"]
+        for cell in found[phase].values():
+            assert all(cell.reproducible.values()) and not cell.unanswered
+            counts = [len(each) for each in (cell.cross_hardware_baseline, cell.within_hardware, cell.across_hardware)]
+            assert counts == [3, 4, 4]
+        # What the examples are there to show: seen in the early block's keys, and at the logits not.
+        keys, logits = ((found[phase][signal].snr or 0.0) for signal in ("key_vectors", "logprobs"))
+        assert keys > 2.5 and logits < 1.0
