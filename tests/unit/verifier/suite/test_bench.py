@@ -216,7 +216,7 @@ def test_rows_of_one_experiment_stand_together() -> None:
     assert [row.split(" | ")[-2:] for row in rows] == [["p", "— |"], ["—", "r |"], ["q", "— |"]]
 
 
-def test_the_readme_holds_the_table_of_the_examples() -> None:
+def test_the_results_hold_their_table() -> None:
     standing = bench_module("suite_table")
     root = Path(__file__).parents[4]
     results = root / "examples" / "results"
@@ -231,4 +231,4 @@ def test_the_readme_holds_the_table_of_the_examples() -> None:
     }
     printed = list(standing.table(rows))
     assert len(printed) == 24
-    assert "\n\n" + "\n".join(printed) + "\n\n" in (root / "README.md").read_text()
+    assert "\n\n" + "\n".join(printed) + "\n\n" in (results / "README.md").read_text()
