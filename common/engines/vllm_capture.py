@@ -4,15 +4,18 @@ Nothing here waits for the device between steps, apart from vLLM's own hand-over
 the log-probabilities that the draw needs. Rows stay on the device and come to the host once, in :meth:`Recorder.finish`.
 
 The logits that decide a token are vLLM's own product, one row for each request; every other wanted row goes through a product
-of its request's own, so that no token and no deciding row depends on what is captured.
+of its request's own, so that no token and no deciding row depends on what is captured. Of the deciding rows the
+log-probabilities are set aside, and the top ones taken of those of many steps together, while the next step begins: each row's own,
+in the same order.
 
 B is the requests of one forward, R its wanted rows, D a width, V the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +28,8 @@ from fpforensics.common.sampling import choose
 from fpforensics.common.signals import PHASES, Array, Phase
 
 _ROWS_AT_ONCE = 64
+_HELD = 1 << 27  # bytes of log-probabilities that wait for their top-k
+_CHECKED = 1 << 26  # bytes of rows whose numbers are looked at together
 
 
 class Recorder:
@@ -50,9 +55,9 @@ class Recorder:
         self._states: torch.Tensor | None = None
         self._entries: list[tuple[str, int]] = []  # (task, slot) of each kept row, in order
         self._columns: dict[str, list[torch.Tensor]] = {"ids": [], "logprobs": [], "chosen": [], "logits": []}
-        self._seen: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # chosen log-probabilities, and which of them are measured
+        self._held: list[_Deciding] = []
+        self._aside = _Aside(device)
+        self._seen: list[torch.Tensor] = []  # chosen log-probabilities of measured requests; of the others, 0
         self._slots = {
             task.key: dict(zip(task.positions.tolist(), range(len(task.positions)), strict=True)) for task in job.tasks
         }
@@ -116,15 +121,15 @@ class Recorder:
             named_B = torch.tensor(named, device=self._device)  # noqa: N806
             tokens_B = torch.where(named_B >= 0, named_B, tokens_B)  # noqa: N806
         if self._job.capture:
-            chosen_B = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]  # noqa: N806
-            self._seen.append((chosen_B, step.measured_B))
-            self._record(step, logits_BV, logprobs_BV, chosen_B)
+            self._record(step, logits_BV, logprobs_BV, tokens_B)
         return tokens_B
 
     def finish(self) -> Report:
         """Everything on the host."""
         pipeline_rank, tensor_rank = self._ranks
         failed, hint = self._failed, self._hint
+        self._reduce()
+        self._aside.join()
         if self._seen and not failed and not self._all_finite():
             failed, hint = "the logits are not finite", "the model overflows in this dtype: use dtype=bf16 or fp32"
         if ids := self._columns["ids"]:
@@ -151,8 +156,7 @@ class Recorder:
         )
 
     def _all_finite(self) -> bool:
-        chosen, measured = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        return bool((torch.isfinite(chosen) | ~measured).all())
+        return bool(torch.isfinite(torch.cat(self._seen)).all())
 
     def _named(self, task: Task | None, number: int, logprobs_BV: torch.Tensor, index: int) -> int:  # noqa: N803
         """The token of request ``index`` that is not simply the most likely one, or -1."""
@@ -169,40 +173,100 @@ class Recorder:
         step: _Step,
         logits_BV: torch.Tensor,  # noqa: N803
         logprobs_BV: torch.Tensor,  # noqa: N803
-        chosen_B: torch.Tensor,  # noqa: N803
+        tokens_B: torch.Tensor,  # noqa: N803
     ) -> None:
+        if step.products:
+            self._reduce()
         for low, high in step.products:
             assert self._states is not None
             logits_mV = self._product(self._states[low:high])  # noqa: N806
-            logprobs_mV = log_probabilities(logits_mV)  # noqa: N806
-            chosen = logprobs_mV.gather(-1, step.next_ids[low:high, None])[:, 0]
-            self._keep(step, low, high, logits_mV, logprobs_mV, chosen)
+            self._keep(step.claims[low:high], log_probabilities(logits_mV), step.next_ids[low:high])
+            self._keep_logits(logits_mV)
         self._states = None
-        if len(step.wanted) > step.extra:
-            logits, logprobs, chosen = logits_BV, logprobs_BV, chosen_B
-            if not step.of_every_request:
-                logprobs, chosen = (each.index_select(0, step.requests) for each in (logprobs_BV, chosen_B))
-                logits = logits_BV.index_select(0, step.requests) if self._job.full_logits else logits_BV
-            self._keep(step, step.extra, len(step.wanted), logits, logprobs, chosen)
+        deciding = _Deciding(step.claims[step.extra :], logprobs_BV, tokens_B, step.measured_B)
+        if not step.of_every_request:
+            self._seen.append(deciding.seen())
+            if len(step.wanted) == step.extra:
+                return
+            deciding = deciding.of(step.requests)
+            logits_BV = logits_BV.index_select(0, step.requests) if self._job.full_logits else logits_BV  # noqa: N806
+        self._keep_logits(logits_BV)
+        self._held.append(deciding)
+        if len(self._held) * deciding.logprobs_mV.nbytes >= _HELD:
+            self._reduce()
 
-    def _keep(
-        self,
-        step: _Step,
-        low: int,
-        high: int,
-        logits_mV: torch.Tensor,  # noqa: N803
-        logprobs_mV: torch.Tensor,  # noqa: N803
-        chosen_m: torch.Tensor,
-    ) -> None:
+    def _reduce(self) -> None:
+        """Keep of the rows that are held what was asked for."""
+        if not self._held:
+            return
+        parts, self._held = self._held, []
+        with self._aside.of(each for part in parts for each in part):
+            held = _Deciding.together(parts)
+            self._keep(held.claims_m, held.logprobs_mV, held.tokens_m)
+            self._seen.append(held.seen())
+
+    def _keep(self, claims_m: torch.Tensor, logprobs_mV: torch.Tensor, tokens_m: torch.Tensor) -> None:  # noqa: N803
         if self._claimed_RK is None:
             values, ids = torch.topk(logprobs_mV, min(self._job.top_k, logprobs_mV.shape[-1]), dim=-1)
         else:
-            ids = self._claimed_RK.index_select(0, step.claims[low:high])
+            ids = self._claimed_RK.index_select(0, claims_m)
             values = logprobs_mV.gather(-1, ids)
-        for name, column in (("ids", ids), ("logprobs", values), ("chosen", chosen_m)):
+        chosen = logprobs_mV.gather(-1, tokens_m[:, None])[:, 0]
+        for name, column in (("ids", ids), ("logprobs", values), ("chosen", chosen)):
             self._columns[name].append(column)
+
+    def _keep_logits(self, logits_mV: torch.Tensor) -> None:  # noqa: N803
         if self._job.full_logits:
             self._columns["logits"].append(logits_mV.clone())
+
+
+class _Deciding(NamedTuple):
+    """Rows that decided tokens (m,): which claims they answer, and which of them are measured."""
+
+    claims_m: torch.Tensor
+    logprobs_mV: torch.Tensor  # noqa: N815
+    tokens_m: torch.Tensor
+    measured_m: torch.Tensor
+
+    def of(self, rows: torch.Tensor) -> _Deciding:
+        """Some of them; the claims are theirs already."""
+        return _Deciding(self.claims_m, *(each.index_select(0, rows) for each in self[1:]))
+
+    def seen(self) -> torch.Tensor:
+        """The chosen log-probabilities (m,) of those that are measured, and 0 for the others."""
+        return self.logprobs_mV.gather(-1, self.tokens_m[:, None])[:, 0].where(self.measured_m, 0.0)
+
+    @classmethod
+    def together(cls, parts: Sequence[_Deciding]) -> _Deciding:
+        return parts[0] if len(parts) == 1 else cls(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+class _Aside:
+    """A line of work of its own on a GPU, which no token waits for."""
+
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        self._stream = self._streams.get(device)
+
+    @contextmanager
+    def of(self, given: Iterable[torch.Tensor]) -> Iterator[None]:
+        """What is done here comes after all that was done so far; ``given`` is what it reads."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        for each in given:
+            each.record_stream(self._stream)
+
+    def join(self) -> None:
+        """What follows comes after all that was done aside."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class _Deal:
@@ -220,14 +284,14 @@ class _Deal:
         self._shares = {
             task.key: slice(edges[i], edges[i + 1]) for i, task in enumerate(tasks) if edges[i + 1] > edges[i]
         }
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._finite = [torch.ones((), dtype=torch.bool, device=device)]
         sorted_already = bool((order[1:] > order[:-1]).all())
         self._order = None if sorted_already else torch.from_numpy(order).to(device)
 
     @property
     def finite(self) -> bool:
         """Whether every number that was given so far is one."""
-        return bool(self._finite)
+        return bool(torch.stack(self._finite).all())
 
     def __call__(self, parts: list[torch.Tensor], give: Callable[[str, Array], None]) -> None:
         """``give`` each task its share of the rows in ``parts``."""
@@ -240,8 +304,8 @@ class _Deal:
             )
         parts.clear()  # the device's memory is nearly all taken
         if rows.dtype.is_floating_point:
-            for some in rows.split(1024):
-                self._finite = self._finite & torch.isfinite(some).all()
+            for some in rows.split(max(1, _CHECKED * len(rows) // max(1, rows.nbytes))):
+                self._finite.append(torch.isfinite(some).all())
         every = to_numpy(rows if self._order is None else rows.index_select(0, self._order))
         for key, share in self._shares.items():
             give(key, every[share])

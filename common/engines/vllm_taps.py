@@ -6,7 +6,8 @@ the next layer's fused addition does. Keys are the second argument of the attent
 Under ``torch.compile`` and CUDA graphs a hook's Python runs once, while the graph is made. There each hook is an operator of ours
 in the model's graph, in every block, whether its rows are wanted or not: capture then changes no graph. Where compiled code calls
 the operator, it keeps rows as a hook does. In a CUDA graph it copies rows into a fixed buffer: two fixed lists name them and where
-they go, and are written before each replay. So the rows of many steps gather there, and are taken out of it together.
+they go, and are right before each replay. So the rows of many steps gather there, and are taken out of it together. All of that is
+made ready for a step like the last one while the device still computes that: then nothing is left to do before the next.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Taps:
         self._every_place: torch.Tensor | None = None
         self._sinks: tuple[Kept, Kept] = ({}, {})
         self._room = self._used = 0  # rows of a sink; one more takes what nobody wants
+        self._first = -1  # the place that the first of the armed rows has
 
     def build_in(self, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make the hooks a part of the model's graph, once and for all. ``capacity`` is the largest CUDA graph's tokens."""
@@ -98,18 +100,25 @@ class Taps:
         Between the forwards of a job there are no others: a CUDA graph that ran unarmed would write to the last one's places.
         """
         count = len(rows_R)
-        if self._listed is not None and self._places is not None and count <= self._capacity:
-            if self._used + count > self._room:
-                self._empty()
+        if self._listed is not None and count <= self._capacity:
             if rows_R is not self._armed:
                 # Every entry, so that none points beyond a smaller graph's rows, or to a place that is taken.
+                assert self._places is not None
                 self._listed.zero_()
                 self._listed[:count] = rows_R
                 self._places[count:] = self._room
-            if count:
-                assert self._every_place is not None
-                self._places[:count] = self._every_place[self._used : self._used + count]
+                self._first = -1
+            self._make_room(count)
         self._armed, self._span, self._kept = rows_R, span, ({}, {})
+
+    def _make_room(self, count: int) -> None:
+        """The next rows' places are the first that are free."""
+        assert self._places is not None and self._every_place is not None
+        if self._used + count > self._room:
+            self._empty()
+        if count and self._first != self._used:
+            self._places[:count] = self._every_place[self._used : self._used + count]
+            self._first = self._used
 
     def passed(self) -> None:
         """The armed forward is through: its rows follow those of the forwards before it."""
@@ -119,6 +128,7 @@ class Taps:
             return
         if not any(kept) and count <= self._capacity:  # no operator saw anything: it was a CUDA graph
             self._used += count
+            self._make_room(count)
             return
         # A layer without keys of its own leaves what no graph wrote.
         others = [
@@ -141,7 +151,7 @@ class Taps:
     def remove(self) -> None:
         """Take the hooks off and forget what they kept; those that are built in fall silent."""
         self._wanted = frozenset()
-        self._armed, self._used = None, 0
+        self._armed, self._used, self._first = None, 0, -1
         self._kept, self._rows = ({}, {}), ({}, {})
         for handle in self._handles:
             handle.remove()

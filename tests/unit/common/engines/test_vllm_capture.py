@@ -163,3 +163,79 @@ def test_steps_of_a_job_without_capture_are_followed_too() -> None:
     assert (through.failed, through.rows, through.phases) == ("", [], ["prefill", "decode"])
     assert through.steps == [(2, 10), (2, 2), (2, 2), (2, 2), (1, 1)]
     assert "ref_1 was interrupted at position 9" in record(silent, forwards(2), capture=False).failed
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("vocabulary", [300, 49_152, 128_256])
+@pytest.mark.parametrize("claimed", [False, True])
+def test_rows_of_many_steps_are_reduced_as_each_alone(
+    device: str, vocabulary: int, claimed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ties included, of which logits in bfloat16 have many: the same ids in the same order, however many rows wait."""
+    from fpforensics.common.engines import vllm_capture
+
+    prompts, new = (4, 6, 5), 12
+    tasks = [task(i, prompt, new, 2) for i, prompt in enumerate(prompts)]
+    if claimed:
+        ids = np.random.default_rng(1).integers(0, vocabulary, (len(tasks[0].positions), 5)).astype(np.int32)
+        tasks = [msgspec.structs.replace(each, claimed_ids=ids) for each in tasks]
+    generator = torch.Generator().manual_seed(0)
+
+    def logits(rows: int) -> torch.Tensor:
+        return torch.randn((rows, vocabulary), generator=generator).to(torch.bfloat16).to(device)
+
+    steps: list[tuple[list[int], list[int], list[int]]] = [
+        ([0, 1, 2], [0, 0, 0], [4, 6, 3]),
+        ([0, 1, 2], [4, 6, 3], [1, 1, 2]),
+    ]
+    steps += [([0, 1, 2], [5 + i, 7 + i, 5 + i], [1, 1, 1]) for i in range(9)]
+    steps += [([1, 2], [16, 14], [1, 1])]  # the first is through
+    products = [logits(len(numbers)) for numbers, *_ in steps]
+    extra = logits(64)
+
+    def run() -> Report:
+        taps = Rows()
+        monkeypatch.setattr(
+            taps, "passed", lambda: taps.kept.append(torch.zeros((len(taps.rows), WIDTH), device=device))
+        )
+        monkeypatch.setattr(taps, "arm", lambda rows, span=None: setattr(taps, "rows", rows))
+        job = Job(tasks=tasks, blocks=[0], top_k=5, full_logits=True, sampling=Sampling())
+        recorder = vllm_capture.Recorder(
+            job,
+            taps,
+            lambda states: extra[: len(states)],
+            torch.device(device),
+            (0, 0),  # type: ignore[arg-type]
+        )
+        for (numbers, starts, lengths), deciding in zip(steps, products, strict=True):
+            recorder.before_forward([f"r{number}-0" for number in numbers], np.array(starts), np.array(lengths))
+            recorder.after_forward(torch.zeros((sum(lengths), WIDTH), device=device))
+            recorder.choose_tokens(deciding)
+        return recorder.finish()
+
+    together = run()
+    reductions: list[int] = []
+    plain = vllm_capture.Recorder._keep
+    monkeypatch.setattr(
+        vllm_capture.Recorder, "_keep", lambda self, *rest: reductions.append(len(rest[1])) or plain(self, *rest)
+    )
+    run()
+    assert max(reductions) > 20  # of many steps
+    monkeypatch.setattr(vllm_capture, "_HELD", 1)
+    reductions.clear()
+    alone = run()
+    assert max(reductions) <= len(tasks)
+    assert together.finite and alone.finite
+    for one, other in zip(together.rows, alone.rows, strict=True):
+        assert one.ids is not None and len(one.ids) >= 12
+        for name in ("ids", "logprobs", "chosen", "logits"):
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
