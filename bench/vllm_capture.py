@@ -8,13 +8,12 @@ tokens. ``--shape 1b`` takes random weights of the shape of Llama 3.2 1B. *off* 
 greedy tokens; *bare*, with ``--bare``, does so in a process of its own, without our operators in its graph, which are there whether
 anything is captured or not.
 
-Repetitions are interleaved, and each begins with another one of the things measured. Costs are the median of the repetitions' own
-ratios, with its 95 % interval from order statistics (of 6 or more): of the *whole* job, and of its *steady* state, the steps after the
-prompts, without what begins and ends a job.
+Repetitions are interleaved, each in an order of its own. What a thing costs is the median of the repetitions' own ratios, with its 95 %
+interval from order statistics (of 6 or more; of fewer, the extremes). The noise of a shared host mostly adds, so the lower quartiles of
+the jobs' seconds are compared too: *quiet*, with a 95 % interval from a bootstrap over the repetitions. Both are of *whole* jobs, and
+of their *steady* state: what comes after the first token of the last request, the end of the job included, when rows come to the host.
 
-Wall clocks on a shared host are noisy, and their noise only adds. So the same steps are also taken in windows of 16, and the lower
-quartiles of all windows compared: *quiet*, with a 95 % interval from a bootstrap over the repetitions. And ``--profile`` counts: a GPU's
-busy time and what is launched on it, from torch's profiler.
+Wall clocks are noisy; ``--profile`` counts: a GPU's busy time and what is launched on it, from torch's profiler.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -41,9 +41,9 @@ from fpforensics.common.engines import vllm_compat as compat
 from fpforensics.common.engines.base import Host
 from fpforensics.common.engines.vllm_engine import VllmEngine
 from fpforensics.common.engines.vllm_load import GPU_MEMORY_VARIABLE
-from fpforensics.common.signals import PHASES, Array, CapturePlan, Forcing, Reference, Sampling
+from fpforensics.common.signals import PHASES, CapturePlan, Forcing, Reference, Sampling
 
-WINDOW = 16
+_ENOUGH = 6
 BARE, ALONE, OFF, REPLAY = "bare", "vLLM alone", "off", "prefill replay"
 PLANS: dict[str, CapturePlan | None] = {
     OFF: None,
@@ -78,6 +78,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
+        "--only", nargs="+", choices=[ALONE, *PLANS, REPLAY], help="these, and what they are held against"
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="also the GPU's busy time and launches in each token's step"
     )
     parser.add_argument("--bare", action="store_true", help="vLLM alone, nothing of ours in its graph")
@@ -88,8 +91,11 @@ def main() -> None:
         model = options.shape or options.model
         host = Host(device=options.device, models={options.shape: folder} if options.shape else {})
         spec = f"model={model},backend=vllm,batch=auto,{options.config}".rstrip(",")
+        config = parse_config(spec)
+        if options.bare and config.tensor_parallel * config.pipeline_parallel > 1:
+            raise SystemExit("--bare: ranks are processes of their own, which load our operators")
         with bare_beside(spec, host) if options.bare else contextlib.nullcontext() as bare:
-            engine = VllmEngine(parse_config(spec), host)
+            engine = VllmEngine(config, host)
             try:
                 print(describe(engine.config, torch.device(engine.facts().device)))
                 for batch in options.batch:
@@ -109,7 +115,8 @@ def bare_beside(spec: str, host: Host) -> Iterator[Connection]:
     try:
         yield ours
     finally:
-        ours.send(None)
+        with contextlib.suppress(OSError):
+            ours.send(None)
         process.join(60)
         process.kill()
 
@@ -125,18 +132,20 @@ class Work(NamedTuple):
 
 def serve_bare(spec: str, host: Host, asked: Connection) -> None:
     compat.graph_tokens = lambda vllm_config: None
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"  # it would give back a graph with our operators
-    config = parse_config(spec)
-    if config.tensor_parallel * config.pipeline_parallel > 1:
-        raise SystemExit("--bare: ranks are processes of their own, which load our operators")
-    engine = VllmEngine(config, host)
-    try:
-        while (work := asked.recv()) is not None:
-            references = prompts(engine, work.batch, work.prompt)
-            run = lambda: run_alone(engine, references, work.new)  # noqa: B023, E731
-            asked.send(counted(run) if work.profiled else timed(engine, run))
-    finally:
-        engine.close()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["VLLM_CACHE_ROOT"] = cache  # the usual one would give back a graph with our operators
+        engine = VllmEngine(parse_config(spec), host)
+        try:
+            serve(engine, asked)
+        finally:
+            engine.close()
+
+
+def serve(engine: VllmEngine, asked: Connection) -> None:
+    while (work := asked.recv()) is not None:
+        references = prompts(engine, work.batch, work.prompt)
+        run = lambda: run_alone(engine, references, work.new)  # noqa: B023, E731
+        asked.send(counted(run) if work.profiled else timed(engine, run))
 
 
 def write_random(shape: str, folder: Path) -> None:
@@ -144,16 +153,18 @@ def write_random(shape: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # seconds, not a minute
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
 
 
 class Spent(NamedTuple):
-    """Seconds of a job, of its steps after the prompts, and of these in windows (W,)."""
+    """Seconds of a job, and of its steady state."""
 
     whole: float
     steady: float
-    windows: Array
 
 
 def prompts(engine: VllmEngine, batch: int, length: int) -> list[Reference]:
@@ -180,13 +191,14 @@ def measure(engine: VllmEngine, batch: int, options: argparse.Namespace, bare: C
         **{name: lambda plan=plan: engine.generate(references, sampling, plan) for name, plan in PLANS.items()},  # type: ignore[misc]
         REPLAY: lambda: engine.teacher_force(forcings, CapturePlan(), "prefill"),
     }
+    runs = {name: run for name, run in runs.items() if not options.only or name in (OFF, *options.only)}
     work = Work(batch, options.prompt, options.new)
     times: dict[str, Callable[[], Spent]] = {} if bare is None else {BARE: lambda: ask(bare, work)}
     times |= {name: lambda run=run: timed(engine, run) for name, run in runs.items()}  # type: ignore[misc]
     spent: dict[str, list[Spent]] = {name: [] for name in times}
-    names = [*times]
+    shuffled = random.Random(0)
     for repetition in range(options.repetitions + 1):  # the first warms up
-        for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
+        for name in shuffled.sample([*times], len(times)):
             taken = times[name]()
             if repetition:
                 spent[name].append(taken)
@@ -205,26 +217,30 @@ def measure(engine: VllmEngine, batch: int, options: argparse.Namespace, bare: C
 
 
 def report(spent: dict[str, list[Spent]], tokens: int) -> None:
-    """A line for each: tokens per second, what it costs against *off*, and the spread of its seconds."""
-    wholes = {name: [each.whole for each in found] for name, found in spent.items()}
-    for name, whole in wholes.items():
-        spread = f"({min(whole):.3f} to {max(whole):.3f} s)"
-        rate = f"  {name:16s} {tokens / statistics.median(whole):10.1f} tokens/s"
+    """A line for each: tokens per second and the spread of its seconds; and what it costs against *off* and *bare*."""
+    for name, found in spent.items():
+        seconds = [each.whole for each in found]
+        spread = f"({min(seconds):.3f} to {max(seconds):.3f} s)"
+        print(f"  {name:16s} {tokens / statistics.median(seconds):10.1f} tokens/s  {spread}")
         if name == REPLAY:
-            faster, least, most = paired(wholes[OFF], whole)
-            print(f"{rate}  {faster:.1f} times as fast as generating ({least:.1f} to {most:.1f})  {spread}")
+            ratios = paired([each.whole for each in spent[OFF]], seconds)
+            print("    {:.1f} times as fast as generating ({:.1f} to {:.1f})".format(*ratios))
             continue
-        if name == OFF:
-            print(f"{rate}  {spread}")
-            continue
-        costs = {"whole": paired(whole, wholes[OFF])}
-        costs["steady"] = paired([each.steady for each in spent[name]], [each.steady for each in spent[OFF]])
-        costs["quiet"] = quiet([each.windows for each in spent[name]], [each.windows for each in spent[OFF]])
-        text = ", ".join(
-            "{} {:+.1f} % ({:+.1f} to {:+.1f})".format(what, *(100 * (ratio - 1) for ratio in ratios))
-            for what, ratios in costs.items()
-        )
-        print(f"{rate}  {text}  {spread}")
+        for other in (OFF, BARE):
+            if other in spent and name not in (other, BARE):
+                for what in Spent._fields:
+                    pair = ([getattr(each, what) for each in spent[one]] for one in (name, other))
+                    print(f"    {what:6s} against {other}: {cost(*pair)}")
+
+
+def cost(ones: list[float], others: list[float]) -> str:
+    ratios = {"median": paired(ones, others)}
+    if len(ones) >= _ENOUGH:
+        ratios["quiet"] = quiet(ones, others)
+    return ", ".join(
+        "{} {:+.1f} % ({:+.1f} to {:+.1f})".format(what, *(100 * (each - 1) for each in found))
+        for what, found in ratios.items()
+    )
 
 
 def ask(bare: Connection, work: Work) -> Any:
@@ -235,17 +251,18 @@ def ask(bare: Connection, work: Work) -> Any:
 def paired(ones: list[float], others: list[float]) -> tuple[float, float, float]:
     """The ratios of the same repetition's times: median, and the ends of its 95 % interval by order statistics; below six the extremes."""
     ratios = sorted(a / b for a, b in zip(ones, others, strict=True))
-    count = len(ratios)
+    count = len(ratios)  # below _ENOUGH none are outside
     outside = max((k for k in range(count // 2) if binomial_tail(k, count) <= 0.025), default=0)
     return statistics.median(ratios), ratios[outside], ratios[-1 - outside]
 
 
-def quiet(ones: list[Array], others: list[Array]) -> tuple[float, float, float]:
-    """The ratio of the windows' lower quartiles, and its 95 % interval from a bootstrap over repetitions."""
-    pairs, rng = (np.stack(ones), np.stack(others)), np.random.default_rng(0)
-    drawn = [np.arange(len(ones)), *rng.integers(0, len(ones), (2000, len(ones)))]
-    ratios = [float(np.quantile(pairs[0][rows], 0.25) / np.quantile(pairs[1][rows], 0.25)) for rows in drawn]
-    return ratios[0], float(np.quantile(ratios[1:], 0.025)), float(np.quantile(ratios[1:], 0.975))
+def quiet(ones: list[float], others: list[float]) -> tuple[float, float, float]:
+    """The ratio of the lower quartiles, and its 95 % interval from a bootstrap over repetitions."""
+    pairs, rng = np.array([ones, others]), np.random.default_rng(0)
+    quartiles = np.quantile(pairs[:, rng.integers(0, len(ones), (5000, len(ones)))], 0.25, axis=2)
+    least, most = np.quantile(quartiles[0] / quartiles[1], [0.025, 0.975])
+    one, other = np.quantile(pairs, 0.25, axis=1)
+    return float(one / other), float(least), float(most)
 
 
 def binomial_tail(successes: int, count: int) -> float:
@@ -257,8 +274,16 @@ def counted(run: Callable[[], Any]) -> tuple[float, int]:
     """Microseconds that the GPU was busy, and how many kernels and copies it ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
-    found = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(event.time_range.elapsed_us() for event in found), len(found)
+    found = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy = until = 0.0
+    for begin, end in found:  # kernels of two streams may overlap
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return busy, len(found)
 
 
 def run_alone(engine: VllmEngine, references: list[Reference], count: int) -> None:
@@ -272,26 +297,23 @@ def run_alone(engine: VllmEngine, references: list[Reference], count: int) -> No
 
 
 def timed(engine: VllmEngine, run: Callable[[], Any]) -> Spent:
-    """The steady state begins when every request has its first token."""
     core: Any = engine._core
     step, ends = core.step, []
 
     def noted() -> Any:
         outputs = step()
-        ends.append((time.perf_counter(), len(outputs)))
+        ends.append((len(outputs), time.perf_counter()))
         return outputs
 
     core.step = noted
     try:
         started = time.perf_counter()
         run()
-        whole = time.perf_counter() - started
+        ended = time.perf_counter()
     finally:
         core.step = step
-    together = max(made for _, made in ends)
-    steady = np.array([at for at, _ in ends][[made for _, made in ends].index(together) :])
-    window = max(1, min(WINDOW, len(steady) - 1))
-    return Spent(whole, float(steady[-1] - steady[0]), np.diff(steady[::window]))
+    together = max(requests for requests, _ in ends)  # as many as ever have a token
+    return Spent(ended - started, ended - next(at for requests, at in ends if requests == together))
 
 
 if __name__ == "__main__":

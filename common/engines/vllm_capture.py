@@ -4,9 +4,9 @@ Nothing here waits for the device between steps, apart from vLLM's own hand-over
 the log-probabilities that the draw needs. Rows stay on the device and come to the host once, in :meth:`Recorder.finish`.
 
 The logits that decide a token are vLLM's own product, one row for each request; every other wanted row goes through a product
-of its request's own, so that no token and no deciding row depends on what is captured. Of the deciding rows the
-log-probabilities are set aside, and the top ones taken of those of many steps together, while the next step begins: each row's own,
-in the same order.
+of its request's own, so that no token and no deciding row depends on what is captured. The log-probabilities are set aside,
+and what is asked for taken of many rows together, where no token waits for it: each row's own, in the same order. For a while
+that takes up to three times ``_HELD`` bytes of the device's memory.
 
 B is the requests of one forward, R its wanted rows, D a width, V the vocabulary.
 """
@@ -55,9 +55,12 @@ class Recorder:
         self._states: torch.Tensor | None = None
         self._entries: list[tuple[str, int]] = []  # (task, slot) of each kept row, in order
         self._columns: dict[str, list[torch.Tensor]] = {"ids": [], "logprobs": [], "chosen": [], "logits": []}
-        self._held: list[_Deciding] = []
+        self._held: list[_Held] = []
+        self._held_bytes = 0
         self._aside = _Aside(device)
-        self._seen: list[torch.Tensor] = []  # chosen log-probabilities of measured requests; of the others, 0
+        self._seen: list[
+            torch.Tensor
+        ] = []  # chosen log-probabilities in steps of which not every row is kept; 0 of requests not measured
         self._slots = {
             task.key: dict(zip(task.positions.tolist(), range(len(task.positions)), strict=True)) for task in job.tasks
         }
@@ -130,7 +133,7 @@ class Recorder:
         failed, hint = self._failed, self._hint
         self._reduce()
         self._aside.join()
-        if self._seen and not failed and not self._all_finite():
+        if not failed and not self._all_finite():
             failed, hint = "the logits are not finite", "the model overflows in this dtype: use dtype=bf16 or fp32"
         if ids := self._columns["ids"]:
             self._columns["ids"] = [torch.cat(ids).to(torch.int32)]
@@ -156,7 +159,8 @@ class Recorder:
         )
 
     def _all_finite(self) -> bool:
-        return bool(torch.isfinite(torch.cat(self._seen)).all())
+        chosen = [*self._seen, *self._columns["chosen"]]
+        return not chosen or bool(torch.isfinite(torch.cat(chosen)).all())
 
     def _named(self, task: Task | None, number: int, logprobs_BV: torch.Tensor, index: int) -> int:  # noqa: N803
         """The token of request ``index`` that is not simply the most likely one, or -1."""
@@ -175,70 +179,63 @@ class Recorder:
         logprobs_BV: torch.Tensor,  # noqa: N803
         tokens_B: torch.Tensor,  # noqa: N803
     ) -> None:
-        if step.products:
-            self._reduce()
         for low, high in step.products:
             assert self._states is not None
             logits_mV = self._product(self._states[low:high])  # noqa: N806
-            self._keep(step.claims[low:high], log_probabilities(logits_mV), step.next_ids[low:high])
             self._keep_logits(logits_mV)
+            self._hold(_Held(step.claims[low:high], log_probabilities(logits_mV), step.next_ids[low:high]))
         self._states = None
-        deciding = _Deciding(step.claims[step.extra :], logprobs_BV, tokens_B, step.measured_B)
+        deciding = _Held(step.claims[step.extra :], logprobs_BV, tokens_B)
         if not step.of_every_request:
-            self._seen.append(deciding.seen())
+            self._seen.append(deciding.chosen_m.where(step.measured_B, 0.0))
             if len(step.wanted) == step.extra:
                 return
             deciding = deciding.of(step.requests)
             logits_BV = logits_BV.index_select(0, step.requests) if self._job.full_logits else logits_BV  # noqa: N806
         self._keep_logits(logits_BV)
-        self._held.append(deciding)
-        if len(self._held) * deciding.logprobs_mV.nbytes >= _HELD:
+        self._hold(deciding)
+
+    def _hold(self, rows: _Held) -> None:
+        self._held.append(rows)
+        self._held_bytes += rows.logprobs_mV.nbytes
+        if self._held_bytes >= _HELD:
             self._reduce()
 
     def _reduce(self) -> None:
         """Keep of the rows that are held what was asked for."""
         if not self._held:
             return
-        parts, self._held = self._held, []
-        with self._aside.of(each for part in parts for each in part):
-            held = _Deciding.together(parts)
-            self._keep(held.claims_m, held.logprobs_mV, held.tokens_m)
-            self._seen.append(held.seen())
-
-    def _keep(self, claims_m: torch.Tensor, logprobs_mV: torch.Tensor, tokens_m: torch.Tensor) -> None:  # noqa: N803
-        if self._claimed_RK is None:
-            values, ids = torch.topk(logprobs_mV, min(self._job.top_k, logprobs_mV.shape[-1]), dim=-1)
-        else:
-            ids = self._claimed_RK.index_select(0, claims_m)
-            values = logprobs_mV.gather(-1, ids)
-        chosen = logprobs_mV.gather(-1, tokens_m[:, None])[:, 0]
-        for name, column in (("ids", ids), ("logprobs", values), ("chosen", chosen)):
-            self._columns[name].append(column)
+        parts, self._held, self._held_bytes = self._held, [], 0
+        claimed = [] if self._claimed_RK is None else [self._claimed_RK]
+        with self._aside.of([*claimed, *(each for part in parts for each in part)]):
+            held = parts[0] if len(parts) == 1 else _Held(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            if self._claimed_RK is None:
+                values, ids = torch.topk(held.logprobs_mV, min(self._job.top_k, held.logprobs_mV.shape[-1]), dim=-1)
+            else:
+                ids = self._claimed_RK.index_select(0, held.claims_m)
+                values = held.logprobs_mV.gather(-1, ids)
+            for name, column in (("ids", ids), ("logprobs", values), ("chosen", held.chosen_m)):
+                self._columns[name].append(column)
 
     def _keep_logits(self, logits_mV: torch.Tensor) -> None:  # noqa: N803
         if self._job.full_logits:
             self._columns["logits"].append(logits_mV.clone())
 
 
-class _Deciding(NamedTuple):
-    """Rows that decided tokens (m,): which claims they answer, and which of them are measured."""
+class _Held(NamedTuple):
+    """Wanted rows (m,): which claims they answer, their log-probabilities, and the tokens that follow."""
 
     claims_m: torch.Tensor
     logprobs_mV: torch.Tensor  # noqa: N815
     tokens_m: torch.Tensor
-    measured_m: torch.Tensor
 
-    def of(self, rows: torch.Tensor) -> _Deciding:
-        """Some of them; the claims are theirs already."""
-        return _Deciding(self.claims_m, *(each.index_select(0, rows) for each in self[1:]))
+    @property
+    def chosen_m(self) -> torch.Tensor:
+        return self.logprobs_mV.gather(-1, self.tokens_m[:, None])[:, 0]
 
-    def seen(self) -> torch.Tensor:
-        """The chosen log-probabilities (m,) of those that are measured, and 0 for the others."""
-        return self.logprobs_mV.gather(-1, self.tokens_m[:, None])[:, 0].where(self.measured_m, 0.0)
-
-    @classmethod
-    def together(cls, parts: Sequence[_Deciding]) -> _Deciding:
-        return parts[0] if len(parts) == 1 else cls(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    def of(self, requests: torch.Tensor) -> _Held:
+        """Some of a step's rows; the claims are theirs already."""
+        return _Held(self.claims_m, *(each.index_select(0, requests) for each in self[1:]))
 
 
 class _Aside:
@@ -257,11 +254,11 @@ class _Aside:
         if self._stream is None:
             yield
             return
+        for each in given:  # its memory is not given to others while this runs, whatever becomes of the job
+            each.record_stream(self._stream)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-        for each in given:
-            each.record_stream(self._stream)
 
     def join(self) -> None:
         """What follows comes after all that was done aside."""

@@ -97,7 +97,7 @@ class Taps:
     def arm(self, rows_R: torch.Tensor, span: slice | None = None) -> None:  # noqa: N803
         """Keep these rows (R,) of the next forward; ``span`` where they are neighbours, which saves their selection.
 
-        Between the forwards of a job there are no others: a CUDA graph that ran unarmed would write to the last one's places.
+        Between the forwards of a job there are no others: a CUDA graph that ran unarmed would write to the next one's places.
         """
         count = len(rows_R)
         if self._listed is not None and count <= self._capacity:
@@ -149,13 +149,17 @@ class Taps:
         return rows
 
     def remove(self) -> None:
-        """Take the hooks off and forget what they kept; those that are built in fall silent."""
+        """Take the hooks off and forget what they kept; those that are built in fall silent, and a graph's read nothing."""
         self._wanted = frozenset()
         self._armed, self._used, self._first = None, 0, -1
         self._kept, self._rows = ({}, {}), ({}, {})
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._listed is not None and self._places is not None:
+            with torch.inference_mode():
+                self._listed.zero_()
+                self._places.fill_(self._room)
 
     def _empty(self) -> None:
         """Take the rows that CUDA graphs wrote out of the sinks."""

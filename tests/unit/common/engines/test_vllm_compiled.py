@@ -167,10 +167,11 @@ def test_what_no_job_asked_for_changes_nothing() -> None:
         assert torch.equal(torch.cat(found)[[0, 1, 4]], torch.stack([rows[1] + 1, rows[2] + 2, rows[3] + 3]))
         assert len(torch.cat(found)) == 5 and torch.isnan(torch.cat(found)[2:4]).all()
 
-    taps.arm(torch.tensor([0, 1]))
+    taps.arm(torch.tensor([0, 3]))
     taps.remove()  # in the middle of a job
     for index in (0, 1):
-        graph(index, 70)
+        taps.copy(blocks[index].evidence_rows, rows[:1] + 70, None)  # a graph of one row: it must not read the fourth
+        assert not (blocks[index].evidence_rows[:-1] >= 70).any()
     taps.plant([1])
     taps.arm(torch.tensor([3]))
     taps.passed()
