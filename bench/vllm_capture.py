@@ -244,8 +244,11 @@ def cost(ones: list[float], others: list[float]) -> str:
 
 
 def ask(bare: Connection, work: Work) -> Any:
-    bare.send(work)
-    return bare.recv()
+    try:
+        bare.send(work)
+        return bare.recv()
+    except (EOFError, OSError):
+        raise SystemExit("--bare: its process ended; what it wrote says why") from None
 
 
 def paired(ones: list[float], others: list[float]) -> tuple[float, float, float]:

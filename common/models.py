@@ -39,7 +39,8 @@ MAX_NAME_LENGTH = 1024
 _MAX_CONFIG_BYTES = 1 << 24
 _MOST_STRETCHED = 1 << 10
 _ASK_SECONDS = 10.0
-_IMPORTING = threading.Lock()  # transformers imports by need: two threads that are first find half of it
+ANOTHER = "name another checkpoint: model=NAME and --model-path NAME=/path/to/checkpoint"
+IMPORTING = threading.Lock()  # transformers imports by need: two threads that are first find half of it
 _FETCHED = ["*.safetensors", "*.json", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja"]
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HF_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
@@ -113,7 +114,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises :class:`UsageError` where there is none that works, and :class:`MissingDependencyError`.
     """
     try:
-        with _IMPORTING:
+        with IMPORTING:
             from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingDependencyError("a tokenizer", "transformers", INSTALL_HF) from error
@@ -125,6 +126,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         reason = shorten(str(error).partition("\n")[0], 200)
         raise UsageError(f"no usable tokenizer in {path}: {reason}", "give a folder with tokenizer.json") from error
     return tokenizer
+
+
+def stored_quantization(path: Path) -> dict[str, Any]:
+    """What the checkpoint in folder ``path`` says of how it is quantized, by its ``config.json``; empty where it is not. Or :class:`UsageError`."""
+    declared = read_config(path).get("quantization_config") or {}
+    if not isinstance(declared, dict):
+        file = path / "config.json"
+        raise UsageError(f"{file}: quantization_config is {shorten(str(declared))!r}, not an object", ANOTHER)
+    return declared
 
 
 def vocab_size(path: Path) -> int:
@@ -153,8 +163,8 @@ def has_experts(path: Path) -> bool:
 def narrow_experts(path: Path, ranks: int) -> bool:
     """Whether a rank's share of an expert in folder ``path`` is no wider than one group of its quantized weights, by its ``config.json``; so too where that does not say."""
     config = read_config(path)
-    declared = config.get("quantization_config")
-    group = declared.get("group_size", declared.get("q_group_size")) if isinstance(declared, dict) else None
+    declared = stored_quantization(path)
+    group = declared.get("group_size", declared.get("q_group_size"))
     width = _stated(config, ("moe_intermediate_size", "intermediate_size"))
     return not isinstance(group, int) or width is None or (group > 0 and width // ranks <= group)
 

@@ -320,7 +320,8 @@ def _require_as_stored(checked: Sequence[Checked], members: Sequence[Member], pl
             check_checkpoint(member.runs_as, resolve_model(member.runs_as.model, models=host.models).path)
         except UsageError as error:
             who = f"claim {shorten(plan.claim)}" if plan.claim and member.config in claimed else member.id
-            raise UsageError(f"{who}: {error.message}", error.hint) from None
+            said = error.message.removeprefix(f"{plan.claim}: ").removeprefix(f"{member.id}: ")
+            raise UsageError(f"{who}: {said}", error.hint) from None
 
 
 def _holds(model: str, plan: CheckPlan, host: Host) -> bool:

@@ -61,7 +61,7 @@ def require_possible(config: ExecutionConfig) -> None:
 
 
 def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
-    """Raise :class:`UsageError` where the checkpoint in ``path`` is not what ``config`` says; needs no torch."""
+    """Raise :class:`UsageError` where the checkpoint in ``path`` is not what ``config`` says; loads no weights."""
     rules = vllm_rules if config.backend == "vllm" else transformers_load
     rules.check_checkpoint(config, path)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpforensics.common.errors import UsageError, shorten
 from fpforensics.common.int4 import unpack_awq, unpack_gptq
+from fpforensics.common.models import ANOTHER
 from fpforensics.common.signals import Array
 from fpforensics.common.weights import stored_tensors, weight_files
 
@@ -34,7 +35,7 @@ def check_layout(path: Path, declared: dict[str, Any]) -> None:
         what = "mixed widths" if declared.get("dynamic") else f"bits={bits}, {key}={shorten(layout)}"
         raise UsageError(
             f"the {method} checkpoint in {path} has {what}; the transformers engine reads bits=4, {key}={known}",
-            "name another checkpoint",
+            ANOTHER,
         )
 
 

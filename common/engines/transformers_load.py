@@ -7,7 +7,6 @@ The checkpoint must be safetensors with every weight present; no code of the che
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from fpforensics.common.engines.transformers_int4 import (
 )
 from fpforensics.common.engines.transformers_shares import require_shares
 from fpforensics.common.errors import MissingDependencyError, ReplayError, UsageError
+from fpforensics.common.models import ANOTHER, stored_quantization
 
 if TYPE_CHECKING:
     import torch
@@ -93,15 +93,13 @@ def check_packages(config: ExecutionConfig) -> None:
 
 def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
     """Raise :class:`UsageError` where the checkpoint in ``path`` is not stored as ``config`` says; needs no torch."""
-    settings = _declared_quantization(path)
+    settings = stored_quantization(path)
     declared = str(settings.get("quant_method", ""))
     if declared != (config.quantization if config.quantization in STORED_INT4 else ""):
         stored = f"quantized as {declared}" if declared else "unquantized"
         raise UsageError(
             f"the checkpoint of {config.model} is stored {stored}, the config says quant={config.quantization}",
-            f"use quant={declared}"
-            if declared in STORED_INT4
-            else "name another checkpoint: model=NAME and --model-path NAME=/path/to/checkpoint",
+            f"use quant={declared}" if declared in STORED_INT4 else ANOTHER,
         )
     if declared:
         check_layout(path, settings)
@@ -247,14 +245,6 @@ def _attention_name(config: ExecutionConfig) -> str:
     if config.attention.startswith("sdpa"):
         return "sdpa"
     return "flex_attention" if config.attention == "flex" else config.attention
-
-
-def _declared_quantization(path: Path) -> dict[str, Any]:
-    try:
-        stored: dict[str, Any] = json.loads((path / "config.json").read_text()).get("quantization_config") or {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path / 'config.json'}: {_one_line(error)}", "check the model folder") from None
-    return stored
 
 
 def _quantization_config(config: ExecutionConfig, architecture: Any) -> Any:

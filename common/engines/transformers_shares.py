@@ -1,4 +1,4 @@
-"""Which products tensor parallelism splits over their inputs, and whether these divide; needs no torch and no weights."""
+"""Which products tensor parallelism splits over their inputs, and whether these divide; loads no weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fpforensics.common.errors import UsageError
+from fpforensics.common.models import IMPORTING
 from fpforensics.common.weights import stored_tensors
 
 SUMMED = frozenset({"rowwise", "rowwise_split_input", "rowwise_rep"})
@@ -50,11 +51,12 @@ def _is_split(name: str, plan: Mapping[str, str]) -> bool:
 
 
 def _plan(path: Path) -> Mapping[str, str] | None:
-    """The architecture's own; empty where it has none, None where nobody here knows the architecture."""
+    """The architecture's own; empty where it has none, None where nobody here knows the architecture, or its config."""
     try:
-        from transformers import AutoConfig
+        with IMPORTING:
+            from transformers import AutoConfig
 
         architecture = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ImportError, OSError, ValueError, KeyError, TypeError):
+        return getattr(architecture.get_text_config(), "base_model_tp_plan", None) or {}
+    except Exception:  # whatever transformers makes of a strange config.json: the loader says what is wrong with it
         return None
-    return getattr(architecture.get_text_config(), "base_model_tp_plan", None) or {}

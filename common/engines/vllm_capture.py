@@ -5,8 +5,8 @@ the log-probabilities that the draw needs. Rows stay on the device and come to t
 
 The logits that decide a token are vLLM's own product, one row for each request; every other wanted row goes through a product
 of its request's own, so that no token and no deciding row depends on what is captured. The log-probabilities are set aside,
-and what is asked for taken of many rows together, where no token waits for it: each row's own, in the same order. For a while
-that takes up to three times ``_HELD`` bytes of the device's memory.
+and what is asked for taken of many rows together, where no token waits for it: each row's own, in the same order. ``_HELD`` bytes of
+them wait, or one step's where these are more; for a while as many are copied, and as many more wait already.
 
 B is the requests of one forward, R its wanted rows, D a width, V the vocabulary.
 """
@@ -196,10 +196,10 @@ class Recorder:
         self._hold(deciding)
 
     def _hold(self, rows: _Held) -> None:
+        if self._held_bytes + rows.logprobs_mV.nbytes > _HELD:
+            self._reduce()
         self._held.append(rows)
         self._held_bytes += rows.logprobs_mV.nbytes
-        if self._held_bytes >= _HELD:
-            self._reduce()
 
     def _reduce(self) -> None:
         """Keep of the rows that are held what was asked for."""

@@ -14,7 +14,7 @@ from fpforensics.common.config import ExecutionConfig, is_vllm_attention
 from fpforensics.common.engines.base import Host
 from fpforensics.common.environment import cpu_flags
 from fpforensics.common.errors import MissingDependencyError, ReplayError, UsageError
-from fpforensics.common.models import read_config
+from fpforensics.common.models import ANOTHER, read_config, stored_quantization
 
 INSTALL_GPU = "pip install 'fpforensics[vllm]'"
 INSTALL_CPU = (
@@ -172,8 +172,7 @@ def check_host(config: ExecutionConfig, host: Host) -> None:
 
 def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
     """Raise :class:`UsageError` where the checkpoint in ``path`` is not stored as ``config`` says, or does not divide."""
-    content = read_config(path)
-    stored = content.get("quantization_config") or {}
+    stored = stored_quantization(path)
     declared = str(stored.get("quant_method", ""))
     wanted = STORED.get(config.quantization, "")
     if declared != wanted:
@@ -181,13 +180,13 @@ def check_checkpoint(config: ExecutionConfig, path: Path) -> None:
         fitting = [name for name, method in STORED.items() if method == declared]
         raise UsageError(
             f"the checkpoint of {config.model} is stored {how}, the config says quant={config.quantization}",
-            f"use quant={' or '.join(fitting)}" if fitting else "name another checkpoint",
+            f"use quant={' or '.join(fitting)}" if fitting else ANOTHER,
         )
     if wanted == "compressed-tensors" and (kind := _compressed_kind(stored)) not in ("", config.quantization):
         raise UsageError(
             f"the checkpoint of {config.model} holds {kind} weights, not {config.quantization}", f"use quant={kind}"
         )
-    _check_division(config, content)
+    _check_division(config, read_config(path))
 
 
 def _is_cpu_build() -> bool:
@@ -229,7 +228,8 @@ def _check_division(config: ExecutionConfig, content: dict[str, Any]) -> None:
 
 def _compressed_kind(stored: dict[str, Any]) -> str:
     """The width of the weights that a compressed-tensors checkpoint declares; empty where it is unclear."""
-    for group in (stored.get("config_groups") or {}).values():
+    groups = stored.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict):
             kind = "fp" if weights.get("type") == "float" else "int"

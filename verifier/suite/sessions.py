@@ -57,7 +57,10 @@ class Setting:
         host = Host(device=self.suite.replay.device, python=variant.python, env=variant.env, models=self.models)
         require_interpreter(host)
         if why := lacks_device(host):
-            raise ReplayError(why, "replay with --device auto or cpu, or elsewhere: verifier suite replay")
+            raise ReplayError(
+                why,
+                "before a run: --device cpu; after it: verifier suite replay FOLDER, with --device cpu or where there is a GPU",
+            )
         return host
 
 

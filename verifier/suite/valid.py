@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fpforensics.common import embedded
+from fpforensics.common.cache import local_path
 from fpforensics.common.config import ExecutionConfig
+from fpforensics.common.engines.preflight import check_checkpoint
 from fpforensics.common.errors import Error, UsageError
 from fpforensics.common.models import num_layers, resolve_model
 from fpforensics.common.words import counted
@@ -23,7 +25,7 @@ def validate_suite(name: str) -> str:
     for job in jobs:
         try:
             session_plan(suite, job.variant, "")
-            if suite.layers_named and not _is_deep_enough(suite, job.variant.config):
+            if not _fits(suite, job.variant.config) and suite.layers_named:
                 unknown[job.variant.config.model] = None
         except UsageError as error:
             raise UsageError(f"suite {name}: {error.message}", error.hint) from None
@@ -31,11 +33,13 @@ def validate_suite(name: str) -> str:
     return f"{said}; layers not compared with {', '.join(unknown)}: not on this machine" if unknown else said
 
 
-def _is_deep_enough(suite: Suite, config: ExecutionConfig) -> bool:
-    """False where nobody here knows. Raises :class:`UsageError` for a layer that the model has not."""
+def _fits(suite: Suite, config: ExecutionConfig) -> bool:
+    """False where nobody here knows. Raises :class:`UsageError` for what the checkpoint is not, and for a layer that it has not."""
     folder = _on_this_machine(config)
     if folder is not None:
-        require_depth(suite.capture.layers, num_layers(folder), f"the model {config.model}")
+        check_checkpoint(config, folder)
+        if suite.layers_named:
+            require_depth(suite.capture.layers, num_layers(folder), f"the model {config.model}")
     return folder is not None
 
 
@@ -43,6 +47,9 @@ def _on_this_machine(config: ExecutionConfig) -> Path | None:
     """The folder of the checkpoint; nothing is fetched, and the embedded model is not converted for this."""
     if config.model == embedded.SMOLLM2:
         return embedded.converted_checkpoint()
+    own = local_path(config.model)
+    if own is not None and own.is_dir():
+        return resolve_model(config.model).path
     try:
         return resolve_model(config.model, config.revision, allow_download=False).path
     except Error:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from fpforensics.common.config import parse_config
 from fpforensics.common.engines.base import Host
+from fpforensics.common.engines.preflight import check_checkpoint
 from fpforensics.common.errors import UsageError
 from fpforensics.common.keys import Keyring, PrivateKey
 from fpforensics.common.signals import CapturePlan, Sampling
@@ -32,7 +33,7 @@ def never(*_: object) -> NoReturn:
         (CheckPlan(lineup=("quant=gptq",)), "quant=gptq: the checkpoint of tiny is stored unquantized"),
         (
             CheckPlan(claim="emulate_tp=5"),
-            "claim emulate_tp=5: emulate_tp=5: the 2 inputs of model.layers.0.self_attn.o_proj",
+            "claim emulate_tp=5: the 2 inputs of model.layers.0.self_attn.o_proj",
         ),
     ],
 )
@@ -54,3 +55,20 @@ def test_it_is_the_claim_that_is_refused(tmp_path: Path, plan: CheckPlan, said: 
     assert refused.value.message.startswith(said)
     assert "anchor" not in refused.value.diagnostics()
     assert "--model-path NAME=" in refused.value.hint or "ranks that divides" in refused.value.hint
+
+
+@pytest.mark.parametrize("spec", ["backend=vllm", "attn=sdpa"])
+def test_a_strange_quantization_is_no_crash(tmp_path: Path, spec: str) -> None:
+    path = fake_checkpoint(tmp_path / "tiny")
+    (path / "config.json").write_text('{"quantization_config": [1]}')
+    with pytest.raises(UsageError, match="quantization_config is '\\[1\\]', not an object"):
+        check_checkpoint(parse_config(f"model=tiny,{spec}"), path)
+
+
+@pytest.mark.parametrize("strange", ['"num_attention_heads": 3', '"num_attention_heads": 0', '"torch_dtype": "f7"'])
+def test_what_transformers_makes_of_a_strange_config_is_the_loaders_to_say(tmp_path: Path, strange: str) -> None:
+    pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+    path = fake_checkpoint(tmp_path / "tiny")
+    save_file({"model.layers.0.self_attn.o_proj.weight": np.zeros((64, 64), np.float32)}, path / "model.safetensors")
+    (path / "config.json").write_text(f'{{"model_type": "llama", "hidden_size": 64, {strange}}}')
+    check_checkpoint(parse_config("model=tiny,emulate_tp=2"), path)

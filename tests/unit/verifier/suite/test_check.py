@@ -439,7 +439,7 @@ def test_the_way_out_is_in_the_suites_file_or_an_option_of_it(
         assert skipped[name].startswith("python = '/nosuch': no such interpreter (name one")
         assert "verifier suite show NAME --toml" in skipped[name] and "--python" not in skipped[name]
     assert 'device = "auto" or "cpu" for [[prover]] here' in skipped["here.attn=eager"]
-    assert "--device auto or cpu" in skipped["replay of attn=eager"]
+    assert "verifier suite replay FOLDER, with --device cpu" in skipped["replay of attn=eager"]
 
 
 @pytest.mark.parametrize("subcommand", ["run", "check"])

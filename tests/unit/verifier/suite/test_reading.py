@@ -173,9 +173,12 @@ def test_validate_names_every_wrong_suite(tmp_path: Path, tiny: Path, monkeypatc
         "good": ('"2", "last"', '"4", "last"'),
         "typo": ("top_k", "topk"),
         "elsewhere": ("model=tiny,", "model=not-here/at-all,"),
+        "empty": ("model=tiny,", "model=./no-model,"),
+        "stored": ("model=tiny,", "model=tiny,quant=gptq,"),
     }
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tiny.parent)
+    (tiny.parent / "no-model").mkdir(exist_ok=True)
     names = []
     for name, (old, new) in files.items():
         document = tmp_path / "document.txt"
@@ -188,10 +191,15 @@ def test_validate_names_every_wrong_suite(tmp_path: Path, tiny: Path, monkeypatc
     done = CliRunner().invoke(command, ["validate", *names, "megaplam", str(tmp_path / "none.toml")])
     assert done.exit_code == 2
     wrong = done.stderr.splitlines()
-    assert len(wrong) == 5
+    assert len(wrong) == 7
     assert "deep.toml: layer 5: the model ./tiny has 4 blocks (name blocks from 1 to 4" in wrong[0]
     assert "nowhere.toml: [capture]: layers = '5000' (give block numbers from 1 to 4096" in wrong[1]
-    assert all(each in line for each, line in zip(("topk", "megaplam", "none.toml"), wrong[2:], strict=True))
+    assert all(
+        each in line
+        for each, line in zip(
+            ("topk", "no config.json", "stored unquantized", "megaplam", "none.toml"), wrong[2:], strict=True
+        )
+    )
     good, elsewhere = done.stdout.splitlines()
     assert good.endswith("good.toml: valid: tiny, 5 configs, 6 model loads")
     assert elsewhere.endswith("; layers not compared with not-here/at-all: not on this machine")
