@@ -139,8 +139,13 @@ def public_path(path: Path) -> Path:
 def generate(path: Path) -> PublicKey:
     """Make a key pair: the private key at ``path`` (mode 0600), the public one at ``path``.pub.
 
-    Nothing is overwritten: raises :class:`UsageError` if either file exists or the folder cannot be written.
+    Nothing is overwritten: raises :class:`UsageError` if either file exists or the folder cannot be written, and for a name that
+    only a public key should have.
     """
+    if not path.name or path.suffix == SUFFIX:
+        raise UsageError(
+            f"{str(path)!r} is no name for a private key", f"name a file without {SUFFIX}, e.g. verifier.key"
+        )
     key = PrivateKey.fresh()
     there = [each for each in (path, public_path(path)) if each.exists()]
     if there:  # before either is made, not after

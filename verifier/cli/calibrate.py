@@ -59,7 +59,7 @@ def calibrate(
     from fpforensics.common.errors import UsageError
     from fpforensics.common.keys import Keyring, load_private
     from fpforensics.verifier.calibrate import calibrate as measure
-    from fpforensics.verifier.cli.check import make_plan
+    from fpforensics.verifier.cli.check import make_plan, require_judge
     from fpforensics.verifier.measured import MAX_NAME, open_profile, sign_profile
     from fpforensics.verifier.report.profile_text import render_measured
 
@@ -68,10 +68,11 @@ def calibrate(
         raise UsageError(f"--name of {len(name)} characters", f"1 to {MAX_NAME}, all printable")
     plan = make_plan("", lineup, mode, row, using)
     require_outputs(output, inputs=(*bundles, sign, *key))
-    signing_key = load_private(sign)
+    signing_key, provers = load_private(sign), Keyring.from_paths(key)
+    require_judge(signing_key, provers)
     host = make_host(device, python, env, model_paths)
     with progress_bar(quiet) as report:
-        made = measure(bundles, Keyring.from_paths(key), plan, host, name, report)
+        made = measure(bundles, provers, plan, host, name, report)
     data = envelope.to_json(sign_profile(made.content, made.bundles, signing_key))
     output.write_bytes(data)
     for remark in () if quiet else made.remarks:

@@ -102,6 +102,17 @@ def read_profile_options(
     return load_profile(path, trusted)
 
 
+def require_judge(signing: PrivateKey | None, provers: Keyring, provers_option: str = "--key") -> None:
+    """Raise :class:`UsageError` if the key that signs here is one that evidence is signed with: whoever is judged must not judge."""
+    from fpforensics.common.errors import UsageError
+
+    if signing is not None and provers.get(signing.public.keyid) is not None:
+        raise UsageError(
+            f"key {signing.public.keyid[:16]}… is a prover's ({provers_option}) and signs here too",
+            "whoever is judged must not judge: sign with a verifier's key (see verifier keygen)",
+        )
+
+
 def output_options(command: F) -> F:
     """``--json``, ``--html``, ``--png`` and ``--verdict``: what is left behind."""
     for decorate in reversed(
@@ -177,6 +188,7 @@ def check(
     signing_key = load_signing_key(sign, verdict_path)
     keyring = Keyring.from_paths(keys)
     measured = read_profile_options(profile, profile_key, signing_key, provers=keyring)
+    require_judge(signing_key, keyring)
     plan = msgspec.structs.replace(plan, profile=measured)
     if nonce is not None and len(nonce) < MIN_NONCE_DIGITS:
         raise UsageError(f"nonce {shorten(nonce)!r}", f"a challenge has at least {MIN_NONCE_DIGITS} hex digits")

@@ -15,7 +15,7 @@ from fpforensics.common.netcli import (
     max_seconds_option,
     serve_until_stopped,
 )
-from fpforensics.verifier.cli.check import profile_options, read_profile_options
+from fpforensics.verifier.cli.check import profile_options, read_profile_options, require_judge
 
 
 @click.command()
@@ -73,5 +73,6 @@ def serve(
         require_challenge=require_challenge,
         max_seconds=max_seconds,
     )
+    require_judge(signing_key, provers, "--trust")
     log_to_stderr()
     serve_until_stopped(serve_verifier(config), listen["listen"])

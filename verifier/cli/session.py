@@ -22,6 +22,7 @@ from fpforensics.verifier.cli.check import (
     profile_options,
     read_profile_options,
     require_answer,
+    require_judge,
     require_renderers,
 )
 
@@ -124,6 +125,7 @@ def session(
         raise UsageError("--profile with --server", "the server's operator chooses what it decides by")
     signing_key = None if server else load_signing_key(sign, verdict_path)
     measured = read_profile_options(profile, profile_key, signing_key, provers=keyring)
+    require_judge(signing_key, keyring)
     plan = msgspec.structs.replace(plan, profile=measured)
     with_texts(
         make_session_plan(options, "00"), fresh=fresh

@@ -67,6 +67,14 @@ def test_a_second_key_of_one_name_is_refused_by_both_files(tmp_path: Path) -> No
     assert load_public(public_path(path)) == first
 
 
+@pytest.mark.parametrize("name", [".", "", "/", "prover.key.pub"])
+def test_a_private_key_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is no name for a private key"):
+        generate(Path(name))
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660, 0o610])
 def test_a_private_key_open_to_others_is_refused_with_the_command_that_helps(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "prover.key"

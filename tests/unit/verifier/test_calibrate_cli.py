@@ -52,6 +52,7 @@ def refuse(*_: Any, **__: Any) -> Any:
         (["bundle.msgpack", *SIGNED[:4]], 2, "--output"),
         (["bundle.msgpack", *SIGNED, "--sign", "nosuch.key"], 2, "private key nosuch.key does not exist"),
         (["bundle.msgpack", *SIGNED, "--sign", "verifier.key.pub"], 2, "verifier.key.pub is a public key"),
+        (["bundle.msgpack", *SIGNED, "--key", "verifier.key.pub"], 2, "is a prover's (--key) and signs here too"),
         (["bundle.msgpack", *SIGNED, "-o", "/nosuch/p.json"], 2, "there is no folder /nosuch"),
         (["bundle.msgpack", *SIGNED, "-o", "bundle.msgpack"], 2, "bundle.msgpack is an input"),
         (["bundle.msgpack", *SIGNED, "-o", "."], 2, "it is a folder"),
@@ -155,6 +156,17 @@ def test_a_prover_may_not_calibrate_for_sessions_and_servers_either(verifier: Ru
     ):
         code, _, error = verifier(*command, *profile)
         assert code == 2 and f"{PROVERS} ({option})" in error and "sign profiles with a verifier's key" in error
+
+
+def test_a_prover_may_not_judge_in_sessions_and_on_servers_either(verifier: Run) -> None:
+    signed = ("--verdict", "v.json", "--sign", "verifier.key")
+    for command, option in (
+        (("session", "--prover", "127.0.0.1:1", "--key", "verifier.key.pub", "-o", "b.msgpack", *signed), "--key"),
+        (("serve", "--key", "verifier.key", "--trust", "verifier.key.pub", "--store", "store"), "--trust"),
+    ):
+        code, _, error = verifier(*command)
+        assert code == 2 and f"is a prover's ({option}) and signs here too" in error
+    assert not Path("store").exists()
 
 
 def test_profile_shows_what_it_holds(verifier: Run) -> None:

@@ -56,6 +56,10 @@ def refuse(*_: Any, **__: Any) -> Any:
         (["--sign", "verifier.key"], "--sign without --verdict"),
         (["--verdict", "v.json", "--sign", "nosuch.key"], "private key nosuch.key does not exist"),
         (["--verdict", "v.json", "--sign", "verifier.key.pub"], "verifier.key.pub is a public key"),
+        (
+            ["--verdict", "v.json", "--sign", "verifier.key", "--key", "verifier.key.pub"],
+            "is a prover's (--key) and signs",
+        ),
         (["--verdict", "/nosuch/v.json", "--sign", "verifier.key"], "there is no folder /nosuch"),
         (["--html", "/nosuch/x.html"], "cannot write /nosuch/x.html"),
         (["--png", "."], "cannot write .: it is a folder"),
