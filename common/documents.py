@@ -107,7 +107,7 @@ def _pdf_text(path: Path) -> str:
     try:
         import pypdf
     except ImportError as error:
-        raise MissingDependencyError(f"document {path}", "pypdf", "pip install 'fpforensics[pdf]'") from error
+        raise MissingDependencyError(f"document {path}", "pypdf", "pip install '.[pdf]'") from error
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
     except Exception as error:  # a malformed PDF fails in too many ways to list

@@ -51,7 +51,7 @@ def embedded_checkpoint(progress: Progress | None = None) -> Path:
     try:
         from filelock import FileLock
     except ImportError as error:
-        raise MissingDependencyError(SMOLLM2, "filelock", "pip install 'fpforensics[demo]'") from error
+        raise MissingDependencyError(SMOLLM2, "filelock", "pip install '.[demo]'") from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):

@@ -45,7 +45,7 @@ def convert(source: Path, folder: Path, progress: Progress | None = None) -> lis
         from gguf import GGUFReader
         from gguf.quants import dequantize
     except ImportError as error:
-        raise MissingDependencyError(f"converting {source.name}", "gguf", "pip install 'fpforensics[demo]'") from error
+        raise MissingDependencyError(f"converting {source.name}", "gguf", "pip install '.[demo]'") from error
     reader = GGUFReader(source)
 
     def value(key: str) -> Any:

@@ -34,7 +34,7 @@ __all__ = [
     "weights_digest",
 ]
 
-INSTALL_HF = "pip install 'fpforensics[hf]'"
+INSTALL_HF = "pip install '.[hf]'"
 MAX_NAME_LENGTH = 1024
 _MAX_CONFIG_BYTES = 1 << 24
 _MOST_STRETCHED = 1 << 10

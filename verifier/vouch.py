@@ -44,7 +44,10 @@ def vouched(row: RowVerdict, each: Checked, lineup: Sequence[MemberReport], *, n
             return msgspec.structs.replace(row, reasons=(*row.reasons, said))
     opposed = any(report.facts is not None and report.config.backend != each.config.backend for report in lineup)
     if named and asserted.get("backend") == "vllm" and not opposed:
-        return _not_vouched(row, "no replay by another engine ran, so nothing contradicted the claimed backend")
+        return _not_vouched(
+            row,
+            "no replay by another engine ran, so nothing contradicted the claimed backend: add one, e.g. --lineup backend=transformers",
+        )
     return row
 
 

@@ -177,7 +177,7 @@ class RemoteEngine:
             return MissingDependencyError(
                 f"the interpreter {self._python}",
                 "fpforensics",
-                f"{self._python} -m pip install 'fpforensics[hf]'",
+                f"{self._python} -m pip install '.[hf]'",
             )
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         if status == -signal.SIGKILL:

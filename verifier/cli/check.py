@@ -256,7 +256,7 @@ def require_renderers(html: Path | None, png: Path | None) -> None:
 
     for path, what, package in ((html, "the HTML page", "jinja2"), (png, "the heat map", "matplotlib")):
         if path is not None and find_spec(package) is None:
-            raise MissingDependencyError(what, package, "pip install 'fpforensics[report]'")
+            raise MissingDependencyError(what, package, "pip install '.[report]'")
 
 
 def require_answer(verdict: VerifiedVerdict, bundle_digest: str, plan: CheckPlan) -> None:

@@ -31,7 +31,7 @@ def render_png(result: CheckResult, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
-        raise MissingDependencyError("the heat map", "matplotlib", "pip install 'fpforensics[report]'") from None
+        raise MissingDependencyError("the heat map", "matplotlib", "pip install '.[report]'") from None
 
     panels = {(each.signal, each.phase): each for phase in PHASES for each in headline(result.matrices, phase)}
     phases = [phase for phase in PHASES if any(key[1] == phase for key in panels)]

@@ -65,7 +65,7 @@ def _environment() -> jinja2.Environment:
         import jinja2
         import markupsafe
     except ImportError:
-        raise MissingDependencyError("the HTML page", "jinja2", "pip install 'fpforensics[report]'") from None
+        raise MissingDependencyError("the HTML page", "jinja2", "pip install '.[report]'") from None
 
     def finalize(value: object) -> object:
         return clean(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value

@@ -85,7 +85,7 @@ def probe(host: Host, config: ExecutionConfig) -> Interpreter:
         last = shorten(said[-1].strip(), 200) if said else "it said nothing"
         raise ReplayError(
             f"{python} cannot run {config.backend}: {last}",
-            f"{python} -m pip install 'fpforensics[{'vllm' if config.backend == 'vllm' else 'hf'}]'",
+            f"{python} -m pip install '.[{'vllm' if config.backend == 'vllm' else 'hf'}]'",
         ) from None
 
 

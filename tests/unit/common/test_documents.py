@@ -136,4 +136,4 @@ def test_pdf_without_pypdf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "pypdf", None)
     with pytest.raises(MissingDependencyError) as caught:
         read_documents([str(file)])
-    assert "pip install 'fpforensics[pdf]'" in caught.value.hint
+    assert "pip install '.[pdf]'" in caught.value.hint

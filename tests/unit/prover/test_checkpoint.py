@@ -185,7 +185,7 @@ def test_absent_library_is_answered_with_the_command(
     monkeypatch.setattr(make_module.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(MissingDependencyError, match="torchao") as raised:
         make_checkpoint(str(tiny_llama), "torchao-int8", output=tmp_path / "made")
-    assert raised.value.hint == "run: pip install 'fpforensics[hf,torchao]'"
+    assert raised.value.hint == "run: pip install '.[hf,torchao]'"
 
 
 def test_group_is_the_largest_that_divides() -> None:

@@ -16,8 +16,8 @@ NEEDS = {
     "w4a16": ("compressed_tensors", "pip install compressed-tensors==0.17.0"),
     "w8a8-int8": ("compressed_tensors", "pip install compressed-tensors==0.17.0"),
     "fp8-dynamic": ("compressed_tensors", "pip install compressed-tensors==0.17.0"),
-    "torchao-int8": ("torchao", "pip install 'fpforensics[torchao]'"),
-    "bnb-nf4": ("bitsandbytes", "pip install 'fpforensics[hf]'"),
+    "torchao-int8": ("torchao", "pip install '.[torchao]'"),
+    "bnb-nf4": ("bitsandbytes", "pip install '.[hf]'"),
 }
 # Of the source's logits' norm, at most: rounding a tiny model's weights to 4 or 8 bits moves them this far, a wrong
 # layout to about 1.4.

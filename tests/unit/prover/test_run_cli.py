@@ -90,7 +90,7 @@ def test_nonsense_is_a_usage_error_at_once(prover: Run, arguments: str, said: st
 @pytest.mark.parametrize(
     ("arguments", "package", "said"),
     [
-        ("attn=flash_attention_2", "flash_attn", "run: pip install 'fpforensics[flash-attn]'"),
+        ("attn=flash_attention_2", "flash_attn", "run: pip install '.[flash-attn]'"),
     ],
 )
 def test_a_missing_package_is_named_at_once(prover: Run, arguments: str, package: str, said: str) -> None:

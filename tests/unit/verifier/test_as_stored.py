@@ -67,7 +67,7 @@ def test_a_strange_quantization_is_no_crash(tmp_path: Path, spec: str) -> None:
 
 @pytest.mark.parametrize("strange", ['"num_attention_heads": 3', '"num_attention_heads": 0', '"torch_dtype": "f7"'])
 def test_what_transformers_makes_of_a_strange_config_is_the_loaders_to_say(tmp_path: Path, strange: str) -> None:
-    pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+    pytest.importorskip("transformers", reason="pip install '.[hf]'")
     path = fake_checkpoint(tmp_path / "tiny")
     save_file({"model.layers.0.self_attn.o_proj.weight": np.zeros((64, 64), np.float32)}, path / "model.safetensors")
     (path / "config.json").write_text(f'{{"model_type": "llama", "hidden_size": 64, {strange}}}')

@@ -83,7 +83,7 @@ def test_a_page_that_could_not_be_made_is_refused_before_the_replays(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     code, _, error = verifier("--html", "x.html")
     assert code == 5
-    assert "the HTML page needs jinja2" in error and "pip install 'fpforensics[report]'" in error
+    assert "the HTML page needs jinja2" in error and "pip install '.[report]'" in error
 
 
 def test_an_unset_claim_is_no_empty_claim(verifier: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def test_what_is_not_installed_is_named_with_its_install_command(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError) as caught:
         call(sample()) if call else heatmap.render_png(sample(), tmp_path / "never.png")
-    assert "pip install 'fpforensics[report]'" in caught.value.diagnostics()
+    assert "pip install '.[report]'" in caught.value.diagnostics()
     assert not list(tmp_path.iterdir())
 
 

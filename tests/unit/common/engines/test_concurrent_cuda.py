@@ -19,7 +19,7 @@ from fpforensics.common.engines.overlap import MIN_OVERLAP
 from fpforensics.common.errors import OverlapError
 from fpforensics.common.signals import CapturePlan, Sampling
 
-torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 
 PLAN = CapturePlan(layers=("1", "2", "last"), prefill_positions=3, top_k=5)
@@ -102,8 +102,8 @@ def test_no_bit_changes(tiny_llama: Path, spec: str) -> None:
 
 
 def test_vllm(tmp_path: Path) -> None:
-    """``pip install 'fpforensics[vllm]'`` first; its GPU build is another one than its CPU build."""
-    pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm]'")
+    """``pip install '.[vllm]'`` first; its GPU build is another one than its CPU build."""
+    pytest.importorskip("vllm", reason="pip install '.[vllm]'")
     from vllm_runs import tiny
 
     from fpforensics.common.engines.remote import start_engine

@@ -155,7 +155,7 @@ def opened(path: Path, spec: str) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("spec", ["attn=sdpa", "attn=eager,batch=2,matmul=fp32-rounded"])
 def test_no_bit_of_an_engine_changes(tiny_llama: Path, spec: str) -> None:
-    pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+    pytest.importorskip("transformers", reason="pip install '.[hf]'")
     given = references()
     with opened(tiny_llama, spec) as engine:
         alone = engine.generate(given, GREEDY, PLAN)
@@ -174,13 +174,13 @@ def test_no_bit_of_an_engine_changes(tiny_llama: Path, spec: str) -> None:
 
 def test_a_change_would_be_seen(tiny_llama: Path) -> None:
     """The control of the test above: the same comparison tells two kernels apart."""
-    pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+    pytest.importorskip("transformers", reason="pip install '.[hf]'")
     with opened(tiny_llama, "attn=sdpa") as ours, opened(tiny_llama, "attn=eager,concurrent=true") as theirs:
         assert differences(ours.generate(references(), GREEDY, PLAN), theirs.generate(references(), GREEDY, PLAN))
 
 
 def test_an_abandoned_generation_leaves_nothing(tiny_llama: Path) -> None:
-    pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+    pytest.importorskip("transformers", reason="pip install '.[hf]'")
 
     def cancel(_done: int, _total: int) -> None:
         raise CancelledError("stop")
@@ -194,7 +194,7 @@ def test_an_abandoned_generation_leaves_nothing(tiny_llama: Path) -> None:
 
 
 def test_a_worker_tells_what_ran_beside_it(tiny_llama: Path) -> None:
-    pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+    pytest.importorskip("transformers", reason="pip install '.[hf]'")
     host = Host(device="cpu", models={"tiny": str(tiny_llama)})
     with start_engine(parse_config("model=tiny,concurrent=true"), host) as engine:
         engine.generate(references(1), GREEDY, PLAN)
@@ -204,7 +204,7 @@ def test_a_worker_tells_what_ran_beside_it(tiny_llama: Path) -> None:
 
 def test_too_little_fails_across_the_wire(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine refuses its own generation, and the error keeps its kind on its way."""
-    pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+    pytest.importorskip("transformers", reason="pip install '.[hf]'")
     from fpforensics.common.engines import wire
 
     def short(load: Any) -> ConcurrentWork:

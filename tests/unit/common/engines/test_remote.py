@@ -20,7 +20,7 @@ from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.errors import CancelledError, MissingDependencyError, ReplayError, UsageError
 from fpforensics.common.signals import CapturePlan, Sampling
 
-pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+pytest.importorskip("transformers", reason="pip install '.[hf]'")
 
 CONFIG = parse_config("model=tiny")
 PLAN = CapturePlan(layers=("1", "last"), prefill_positions=3, top_k=5)
@@ -127,7 +127,7 @@ def test_an_interpreter_without_fpforensics_is_told_how_to_get_it(tmp_path: Path
     python = interpreter(tmp_path, f'exec "{sys.executable}" -S "$@"')
     with pytest.raises(MissingDependencyError, match="fpforensics") as failed:
         start_engine(CONFIG, Host(python=python))
-    assert "pip install 'fpforensics[hf]'" in failed.value.hint
+    assert "pip install '.[hf]'" in failed.value.hint
 
 
 def test_running_out_of_memory_says_so(tmp_path: Path, host: Host) -> None:

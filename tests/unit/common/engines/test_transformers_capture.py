@@ -15,7 +15,7 @@ from fpforensics.common.engines.base import Host
 from fpforensics.common.errors import ReplayError, UsageError
 from fpforensics.common.signals import CapturePlan, Sampling, Trace
 
-transformers = pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[hf]'")
 torch = pytest.importorskip("torch")
 
 LAYERS = ("1", "2", "3", "4", "7", "last")

@@ -14,7 +14,7 @@ from fpforensics.common.engines.base import EngineFacts, Host
 from fpforensics.common.errors import Error, MissingDependencyError, ReplayError, UnknownModelError, UsageError
 from fpforensics.common.signals import CapturePlan, Sampling
 
-torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
 
 PLAN = CapturePlan(layers=("1",), prefill_positions=2)
 
@@ -60,7 +60,7 @@ def test_what_cannot_run_says_why(tiny_llama: Path, spec: str, kind: type[Error]
 @pytest.mark.parametrize(
     ("spec", "package", "install"),
     [
-        ("attn=flash_attention_2", "flash_attn", "pip install 'fpforensics[flash-attn]'"),
+        ("attn=flash_attention_2", "flash_attn", "pip install '.[flash-attn]'"),
     ],
 )
 def test_a_missing_package_is_answered_with_its_install_command(

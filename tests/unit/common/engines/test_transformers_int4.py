@@ -17,7 +17,7 @@ from fpforensics.common.errors import UsageError
 from fpforensics.common.signals import CapturePlan, Sampling, Trace
 from fpforensics.prover.checkpoint.make import make_checkpoint
 
-torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
 
 PLAN = CapturePlan(layers=("1", "2", "last"), prefill_positions=4)
 
@@ -65,7 +65,7 @@ def test_fused_experts_are_dequantized_too(tiny_qwen3_moe: Path, tmp_path: Path)
 
 def test_gptq_holds_the_weights_that_compressed_tensors_reads(made: dict[str, Path]) -> None:
     # Same levels, same scales, another library: compressed-tensors' own decompression is the judge of our layout.
-    pytest.importorskip("compressed_tensors", reason="pip install 'fpforensics[compressed-tensors]'")
+    pytest.importorskip("compressed_tensors", reason="pip install '.[compressed-tensors]'")
     from transformers import AutoModelForCausalLM
 
     from fpforensics.common.engines.transformers_load import load_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
 transformers = pytest.importorskip("transformers")
 
 

@@ -18,7 +18,7 @@ from fpforensics.common.errors import ReplayError, UsageError
 from fpforensics.common.sampling import choose
 from fpforensics.common.signals import CapturePlan, Forcing, Reference, Sampling
 
-pytest.importorskip("transformers", reason="pip install 'fpforensics[hf]'")
+pytest.importorskip("transformers", reason="pip install '.[hf]'")
 
 PLAN = CapturePlan(layers=("1", "2", "4", "12", "last"), prefill_positions=5, top_k=8)
 GREEDY = Sampling(max_new_tokens=9)

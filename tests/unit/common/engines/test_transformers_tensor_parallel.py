@@ -16,7 +16,7 @@ from fpforensics.common.engines.base import EngineFacts, Host
 from fpforensics.common.errors import Error, ReplayError, UsageError
 from fpforensics.common.signals import CapturePlan, Forcing, Sampling, Trace
 
-torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
 transformers = pytest.importorskip("transformers")
 
 PLAN = CapturePlan(layers=("1", "2", "last"), prefill_positions=5, top_k=8)

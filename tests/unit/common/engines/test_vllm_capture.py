@@ -12,7 +12,7 @@ from fpforensics.common.engines.vllm_jobs import Job, Report, Task
 from fpforensics.common.errors import ReplayError
 from fpforensics.common.signals import Sampling
 
-torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
 
 VOCABULARY, WIDTH = 11, 3
 

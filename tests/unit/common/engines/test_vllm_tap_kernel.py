@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="pip install 'fpforensics[hf]'")
+torch = pytest.importorskip("torch", reason="pip install '.[hf]'")
 pytest.importorskip("triton", reason="vLLM brings it, on Linux")
 
 INTERPRETED = """
