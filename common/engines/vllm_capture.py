@@ -13,7 +13,7 @@ B is the requests of one forward, R its wanted rows, D a width, V the vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,12 +22,12 @@ import torch
 
 from fpforensics.common.engines.transformers_capture import log_probabilities, to_numpy
 from fpforensics.common.engines.vllm_jobs import Job, Report, Rows, Task
+from fpforensics.common.engines.vllm_steps import Run, Step
 from fpforensics.common.engines.vllm_taps import Taps
 from fpforensics.common.errors import ReplayError
 from fpforensics.common.sampling import choose
 from fpforensics.common.signals import PHASES, Array, Phase
 
-_ROWS_AT_ONCE = 64
 _HELD = 1 << 27  # bytes of log-probabilities that wait for their top-k
 _CHECKED = 1 << 26  # bytes of rows whose numbers are looked at together
 
@@ -50,17 +50,16 @@ class Recorder:
         self._steps: list[tuple[int, int]] = []
         self._phases: set[Phase] = set()
         self._failed = self._hint = ""
-        self._step: _Step | None = None
-        self._run: _Run | None = None
+        self._step: Step | None = None
+        self._run: Run | None = None
         self._states: torch.Tensor | None = None
         self._entries: list[tuple[str, int]] = []  # (task, slot) of each kept row, in order
         self._columns: dict[str, list[torch.Tensor]] = {"ids": [], "logprobs": [], "chosen": [], "logits": []}
         self._held: list[_Held] = []
         self._held_bytes = 0
         self._aside = _Aside(device)
-        self._seen: list[
-            torch.Tensor
-        ] = []  # chosen log-probabilities in steps of which not every row is kept; 0 of requests not measured
+        # Chosen log-probabilities in steps of which not every row is kept; 0 of requests that are not measured.
+        self._seen: list[torch.Tensor] = []
         self._slots = {
             task.key: dict(zip(task.positions.tolist(), range(len(task.positions)), strict=True)) for task in job.tasks
         }
@@ -73,7 +72,7 @@ class Recorder:
             self._settle()
             step = self._placed(request_ids, starts, lengths)
             if step.is_steady:
-                self._run = _Run(request_ids, starts, step, self._claimed_RK is not None)
+                self._run = Run(request_ids, starts, step, self._claimed_RK is not None)
         else:
             self._phases.add("decode")  # each request had come to its prompt's last position, or beyond
         self._step = step
@@ -87,8 +86,8 @@ class Recorder:
                 self._computed[task.key] = start + 1
             self._run = None
 
-    def _placed(self, request_ids: Sequence[str], starts: Array, lengths: Array) -> _Step:
-        step = _Step()
+    def _placed(self, request_ids: Sequence[str], starts: Array, lengths: Array) -> Step:
+        step = Step()
         offset = 0
         for index, (request_id, start, length) in enumerate(zip(request_ids, starts, lengths, strict=True)):
             task = self._tasks[request_id.partition("-")[0]]
@@ -174,7 +173,7 @@ class Recorder:
 
     def _record(
         self,
-        step: _Step,
+        step: Step,
         logits_BV: torch.Tensor,  # noqa: N803
         logprobs_BV: torch.Tensor,  # noqa: N803
         tokens_B: torch.Tensor,  # noqa: N803
@@ -306,100 +305,6 @@ class _Deal:
         every = to_numpy(rows if self._order is None else rows.index_select(0, self._order))
         for key, share in self._shares.items():
             give(key, every[share])
-
-
-class _Step:
-    """The wanted rows of one forward: first those that decide nothing, request by request, then the deciding ones."""
-
-    def __init__(self) -> None:
-        self.wanted: list[tuple[str, int]] = []
-        self.products: list[tuple[int, int]] = []
-        self.extra = 0
-        self.of_every_request = False  # the deciding rows are all of the logits, in order
-        self.is_steady = False  # and there are no others: each request computes one position, and it is wanted, or none of the job's is
-        self.span: slice | None = None  # the wanted rows, where they are neighbours in order
-        self.deciding: list[tuple[Task | None, int]] = []  # for each request: its task and which token it names now
-        self._others: list[tuple[str, int, int, int]] = []  # task, slot, row, next id
-        self._last: list[tuple[str, int, int, int]] = []  # task, slot, row, request
-
-    def place(self, index: int, task: Task, start: int, length: int, offset: int, slots: Mapping[int, int]) -> None:
-        """One request's share: positions from ``start`` on lie in rows from ``offset`` on. ``slots``: wanted position -> slot."""
-        end = start + length
-        number = end - len(task.fed_ids)
-        self.deciding.append((task if number >= 0 else None, number))
-        before = len(self._others)
-        for position in range(start, end):
-            slot = slots.get(position)
-            if slot is None:
-                continue
-            row = offset + position - start
-            if number >= 0 and position == end - 1:
-                self._last.append((task.key, slot, row, index))
-            else:
-                self._others.append((task.key, slot, row, int(task.fed_ids[position + 1])))
-        for first in range(before, len(self._others), _ROWS_AT_ONCE):
-            self.products.append((first, min(first + _ROWS_AT_ONCE, len(self._others))))
-
-    def upload(self, claimed_row: dict[str, int], device: torch.device, idle: bool) -> None:
-        """All indices in one transfer. ``idle``: one position of each request, and none of this job's is wanted."""
-        self.extra = len(self._others)
-        every = [*self._others, *self._last]
-        first = every[0][2] if every else 0
-        if every and all(row == first + i for i, (_, _, row, _) in enumerate(every)):
-            self.span = slice(first, first + len(every))
-        self.wanted = [(key, slot) for key, slot, _, _ in every]
-        every_request = list(range(len(self.deciding)))
-        self.of_every_request = [request for *_, request in self._last] == every_request
-        self.is_steady = self.of_every_request and [row for _, _, row, _ in every] == every_request
-        self.is_steady |= idle and all(task is not None for task, _ in self.deciding)
-        measured = [int(task is not None and not task.greedy) for task, _ in self.deciding]
-        packed = torch.tensor(
-            [row for _, _, row, _ in every]
-            + [claimed_row[key] + slot for key, slot, _, _ in every]
-            + [last for _, _, _, last in every]
-            + measured,
-            dtype=torch.int64,
-            pin_memory=device.type == "cuda",
-        ).to(device, non_blocking=True)
-        count = len(every)
-        self.rows_R = packed[:count]
-        self.claims = packed[count : 2 * count]
-        self.next_ids = packed[2 * count : 2 * count + self.extra]
-        self.requests = packed[2 * count + self.extra : 3 * count]
-        self.measured_B = packed[3 * count :].bool()
-
-
-class _Run:
-    """Steps that differ in nothing but that every request is one position further: each is the last one, moved on."""
-
-    def __init__(self, request_ids: Sequence[str], starts: Array, step: _Step, claimed: bool) -> None:
-        self._request_ids, self._claimed = list(request_ids), claimed
-        self.starts, self.step = starts, step
-        self._last = np.array([_last_of_run(task.positions) for task, _ in step.deciding if task is not None])
-        if not step.wanted:
-            self._last[:] = np.iinfo(np.int64).max
-
-    def next(self, request_ids: Sequence[str], starts: Array, lengths: Array) -> _Step | None:
-        """The next step, or None where it is another kind."""
-        if list(request_ids) != self._request_ids or not (lengths == 1).all():
-            return None
-        if not np.array_equal(starts, self.starts + 1) or (starts > self._last).any():
-            return None
-        before, step = self.step, _Step()
-        step.wanted = [(key, slot + 1) for key, slot in before.wanted]
-        step.deciding = [(task, number + 1) for task, number in before.deciding]
-        step.of_every_request, step.is_steady = before.of_every_request, True
-        step.span, step.rows_R, step.requests = before.span, before.rows_R, before.requests
-        step.next_ids, step.measured_B = before.next_ids, before.measured_B
-        step.claims = before.claims + 1 if self._claimed else before.claims
-        self.starts, self.step = starts, step
-        return step
-
-
-def _last_of_run(positions: Array) -> int:
-    """The last of neighbouring positions; -1 where there are gaps, or none."""
-    count = len(positions)
-    return int(positions[-1]) if count and int(positions[-1]) - int(positions[0]) == count - 1 else -1
 
 
 def _claims(tasks: Sequence[Task], device: torch.device) -> tuple[torch.Tensor | None, dict[str, int]]:
