@@ -17,6 +17,7 @@ from fpforensics.common.errors import Error, UsageError, did_you_mean, shorten
 if TYPE_CHECKING:
     from fpforensics.common.engines.base import Host
 
+DEVICES = ("auto", "cpu", "cuda")
 F = TypeVar("F", bound=Callable[..., Any])
 Report = Callable[[str, int, int], None]
 """Called with (what is happening, done, total)."""
@@ -148,7 +149,7 @@ def host_options(command: F) -> F:
         (
             click.option(
                 "--device",
-                type=click.Choice(["auto", "cpu", "cuda"]),
+                type=click.Choice(DEVICES),
                 default="auto",
                 show_default=True,
                 help="Where engines run.",

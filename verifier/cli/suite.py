@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import click
 
-from fpforensics.common.cli import progress_bar, quiet_option, say
+from fpforensics.common.cli import DEVICES, progress_bar, quiet_option, say
 from fpforensics.common.errors import UsageError, shorten
 from fpforensics.common.netcli import AccessOptions, access_options, make_access
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fpforensics.verifier.suite.model import ProverSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @click.group()
